@@ -1,0 +1,476 @@
+"""The typed configuration tree: one YAML is one experiment; strict loading, overrides, and the resolved dump.
+
+Keys are semantic (they change the numbers) or operational (they may change on resume, see `OPERATIONAL`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from irkd_dist.distill import models
+from irkd_dist.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+_strict = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Shards rendered by `irkd render`, and how batches are made of them."""
+
+    shards: str = "shards/cifar10"  # folder with manifest.json
+    batch: Positive = 128  # global batch, over all processes
+    subset: Positive | None = None  # train on this many images (class-balanced, fixed choice)
+    centre_crop: bool = False  # crop-mode shards: evaluate on a centre crop instead of a resize
+    cache: Literal["none", "ram", "device"] = "ram"  # decoded images kept after the first epoch
+    workers: Positive = 2  # decoding threads
+    verify: Literal["checksum", "size"] = "checksum"  # of shards, when they are opened
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Augmentation of training images; the defaults are the paper's for a student."""
+
+    padding: NonNegative = 4  # pixels of the random crop's padding ...
+    padding_at: Positive | None = (
+        32  # ... at this resolution, in proportion elsewhere; null: the same everywhere
+    )
+    flip: bool = True
+    auto_augment: Fraction = 0.0  # share of images that AutoAugment (CIFAR-10 policy) changes
+    erase: Fraction = 0.0  # share of images with a random rectangle erased
+    mixup: NonNegativeFloat = 0.0  # alpha of MixUp's Beta distribution
+    cutmix: NonNegativeFloat = 0.0  # alpha of CutMix's; both above 0: one of the two at random each batch
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # label smoothing
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network: one of the paper's (custom, vit_tiny, vit_small) or any timm model by name."""
+
+    name: str = "custom"
+    patch: Positive | None = 4  # null: the model's own
+    image_size: Positive | None = None  # size its position embeddings are made for; null: the largest stage
+    distilled: bool | Literal["auto"] = "auto"  # distillation token; auto: when logits are distilled
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    pretrained: bool = False  # timm's weights, downloaded
+    weights: str | None = None  # safetensors file or checkpoint folder to start from
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.create_model
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Where the teacher comes from: a run of ours, or any timm model with a weights file."""
+
+    run: str | None = None  # run folder (its best checkpoint is taken) or checkpoint folder
+    model: Model | None = None  # instead of a run; its weights from model.weights or model.pretrained
+    view: Literal["matched", "full"] = (
+        "matched"  # resolution the teacher sees: the student's, or the largest stored
+    )
+    schedule: Literal["final", "aligned"] = (
+        "final"  # aligned: stage i of n gets the teacher as of (i + 1) / n of its run
+    )
+    renormalize: bool = False  # feed it its own mean and std where they differ from the shards'
+    mean: tuple[float, float, float] | None = None  # its normalisation, for teacher.model; null: the shards'
+    std: tuple[float, float, float] | None = None
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
+class Kd:
+    """Distillation of the teacher's logits."""
+
+    alpha: NonNegativeFloat = 0.0  # weight; 0 is off
+    kind: Literal["soft", "hard"] = "soft"
+    temperature: PositiveFloat = 4.0
+    follow_teacher: bool = (
+        False  # scale alpha by the teacher's measured competence at each stage's resolution
+    )
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """Alignment of saliency maps."""
+
+    gamma: NonNegativeFloat = 0.0  # weight; 0 is off
+    method: Literal["gradient", "grad_cam", "hirescam", "attention"] = "gradient"
+    taps: str | list[Any] = field(
+        default_factory=lambda: ["first", "second", "last"]
+    )  # or all, numbers, pairs [s, t]
+    normalization: Literal["minmax", "l2"] = "minmax"
+    every: Positive = 1  # computed on every k-th step
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the batch
+    strict_paper: bool = False  # keep the paper's void last tap
+    follow_teacher: bool = False  # scale gamma by the teacher's competence too
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
+class Loss:
+    """CE + alpha KD + gamma saliency (`sum`, paper eq. 1), or (1 - alpha) CE + alpha KD + gamma saliency (`convex`)."""
+
+    form: Literal["sum", "convex"] = "sum"
+    kd: Kd = field(default_factory=Kd)
+    saliency: Saliency = field(default_factory=Saliency)
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One resolution of the curriculum."""
+
+    resolution: Positive
+    epochs: Positive | None = None  # null: curriculum.epochs
+    teacher: str | None = None  # checkpoint folder for this stage; null: the teacher's schedule
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Stages of resolution, in order; they may go down as well as up."""
+
+    stages: list[Stage] = field(default_factory=list)
+    epochs: Positive = 10  # of a stage that names none
+    patience: Positive | None = None  # epochs without a better validation accuracy that end a stage early
+    start_from: Literal["last", "best"] = "last"  # weights that the next stage starts from
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Training at one resolution with one optimizer to the end."""
+
+    resolution: Positive
+    epochs: Positive
+    patience: Positive | None = None
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate over time, as parts of the peak `optim.lr`."""
+
+    kind: Literal["constant", "cosine", "one_cycle"] = "constant"
+    warmup: Fraction = 0.0  # part of the span
+    start: NonNegativeFloat = 0.0  # first rate of the warm-up, as a part of the peak
+    final: NonNegativeFloat = 0.0  # last rate, as a part of the peak
+    span: Literal["auto", "stage", "run"] = "auto"  # auto: a stage under reset, the run otherwise
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW and what happens to it at a stage change."""
+
+    lr: PositiveFloat = 3e-4
+    weight_decay: NonNegativeFloat = 1e-4  # on weights; none on biases, norms, tokens and position embeddings
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    clip: PositiveFloat | None = None  # global gradient norm
+    policy: Literal["reset", "carry", "rewarm"] = "reset"
+    rewarm_steps: Positive = 100  # under rewarm: steps of a linear warm-up at each new stage
+    schedule: Schedule = field(default_factory=Schedule)
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When checkpoints are written and how many stay; one is always written at the end of an epoch."""
+
+    every_steps: Positive | None = None
+    every_minutes: PositiveFloat | None = None
+    keep: Positive = 2  # newest ones kept
+    keep_epochs: Positive | None = (
+        None  # and every n-th epoch's for good (a teacher that intermediate stages use)
+    )
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
+class Track:
+    """Where metrics go besides events.jsonl."""
+
+    backend: Literal["none", "wandb", "tensorboard"] = "none"
+    mode: Literal["online", "offline"] = "offline"  # of W&B; offline needs no account
+    project: str = "irkd"
+    log_every: Positive = 20  # steps between loss lines
+    panels: NonNegative = 4  # images whose saliency panels are kept at the end of each stage
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    seed: int = 0
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    student: Model = field(default_factory=Model)
+    teacher: Teacher | None = None
+    loss: Loss = field(default_factory=Loss)
+    curriculum: Curriculum | None = None
+    fixed: Fixed | None = None
+    optim: Optim = field(default_factory=Optim)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
+    engine: Literal["ddp"] = "ddp"
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    track: Track = field(default_factory=Track)
+    name: str | None = None  # null: the config's stem and the seed (and the W&B run id in a sweep)
+    out: str = "runs"  # folder of run folders
+    __pydantic_config__ = _strict
+
+
+OPERATIONAL = (
+    "name",
+    "out",
+    "engine",
+    "checkpoint",
+    "track",
+    "data.shards",  # its content is compared by digest
+    "data.cache",
+    "data.workers",
+    "data.verify",
+    "teacher.run",  # likewise
+)
+
+_ADAPTER = TypeAdapter(Config)
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `a.b=v` or `--a.b=v` overrides, and check everything that needs no data.
+
+    A path that does not exist is also looked up among the configurations that ship with the package.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key, a wrong type, an impossible combination; the message
+            names the key, its value and what would be right.
+    """
+    file = find(path)
+    try:
+        tree = OmegaConf.load(file)
+        if not OmegaConf.is_dict(tree):
+            raise UserError(f"{file} is not a mapping of keys to values")
+        for override in overrides or []:
+            _apply(tree, override)
+        values = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, ValueError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+        raise
+    if values.get("name") is None:  # type: ignore[union-attr]
+        values["name"] = _run_name(file, values.get("seed", 0))  # type: ignore[index,union-attr]
+    return from_dict(values, str(file))
+
+
+def find(path: str | Path) -> Path:
+    """The configuration file: as given, or `configs/...` as shipped with the package."""
+    given = Path(path)
+    if given.is_file():
+        return given
+    package = Path(__file__).resolve().parent
+    relative = Path(*given.parts[1:]) if given.parts[:1] == ("configs",) else given
+    for root in (package / "configs", package.parent / "configs"):
+        if (root / relative).is_file():
+            return root / relative
+    raise UserError(f"no configuration file {str(path)!r}; those in configs/ can be named from anywhere")
+
+
+def from_dict(values: Any, where: str) -> Config:
+    """Build and check a configuration from plain values; `where` is named in errors."""
+    try:
+        config = _ADAPTER.validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{where}: {_explain(e)}" for e in error.errors()[:5])) from error
+    check(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain values of the whole tree, as YAML and JSON can hold them."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved tree as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def stages(config: Config) -> list[Stage]:
+    """The stages to run, each with its epochs; a fixed-resolution run has one."""
+    if config.fixed is not None:
+        return [Stage(config.fixed.resolution, config.fixed.epochs)]
+    assert config.curriculum is not None
+    return [
+        Stage(s.resolution, s.epochs or config.curriculum.epochs, s.teacher) for s in config.curriculum.stages
+    ]
+
+
+def semantic_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines `key: old -> new` for each semantic key that differs between two trees of plain values."""
+    before, after = _flatten(old), _flatten(new)
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
+        and not any(key == op or key.startswith(op + ".") for op in OPERATIONAL)
+    ]
+
+
+def check(config: Config) -> None:
+    """Refuse combinations that cannot work, before anything else starts."""
+    if (config.curriculum is None) == (config.fixed is None):
+        both = config.fixed is not None
+        raise UserError(
+            "curriculum and fixed are both given: a run has stages or one fixed resolution; remove one of them"
+            if both
+            else "neither curriculum nor fixed is given: add `curriculum: {stages: [...]}` or `fixed: {resolution: 32, "
+            "epochs: 60}`"
+        )
+    if config.curriculum is not None and not config.curriculum.stages:
+        raise UserError("curriculum.stages is empty: give at least one {resolution: ..., epochs: ...}")
+    loss = config.loss
+    if config.teacher is None and (loss.kd.alpha or loss.saliency.gamma):
+        key, value = ("kd.alpha", loss.kd.alpha) if loss.kd.alpha else ("saliency.gamma", loss.saliency.gamma)
+        raise UserError(
+            f"loss.{key}={value} needs a teacher: add `teacher: {{run: runs/...}}` or set it to 0"
+        )
+    if loss.form == "convex" and loss.kd.alpha > 1:
+        raise UserError(
+            f"loss.kd.alpha={loss.kd.alpha} with loss.form=convex makes CE's weight negative; use 0 to 1"
+        )
+    if config.teacher is not None:
+        if (config.teacher.run is None) == (config.teacher.model is None):
+            raise UserError("teacher needs either run (a run folder) or model (with weights), and not both")
+        if config.teacher.schedule == "aligned" and config.teacher.run is None:
+            raise UserError("teacher.schedule=aligned takes its checkpoints from a run: give teacher.run")
+        if (config.teacher.mean is None) != (config.teacher.std is None):
+            raise UserError("teacher.mean and teacher.std go together: give both or none")
+    if config.student.distilled is True and config.student.name in models.PAPER_MODELS and not loss.kd.alpha:
+        raise UserError(
+            "student.distilled=true with loss.kd.alpha=0: nothing teaches the distillation token; use auto"
+        )
+    if not isinstance(loss.saliency.taps, str) and not loss.saliency.taps:
+        raise UserError(
+            "loss.saliency.taps is empty: name taps, e.g. [first, second, last], or set gamma to 0"
+        )
+    patches = {"student": config.student}
+    if config.teacher is not None and config.teacher.model is not None:
+        patches["teacher"] = config.teacher.model
+    for role, model in patches.items():
+        if model.name in models.PAPER_MODELS and model.patch is not None:
+            check_resolutions(config, model.patch, role)
+
+
+def check_resolutions(config: Config, patch: int, role: str) -> None:
+    """Every resolution must be a multiple of the patch size of `role` (student or teacher)."""
+    for key, resolution in _resolutions(config).items():
+        if resolution % patch:
+            lower = resolution // patch * patch
+            choices = " or ".join(str(r) for r in (lower, lower + patch) if r > 0)
+            raise UserError(
+                f"{key}={resolution} is not a multiple of patch size {patch} ({role}); use {choices}"
+            )
+
+
+def student_distilled(config: Config) -> bool:
+    """Whether the student carries a distillation token (`auto`: when logits are distilled)."""
+    if config.student.distilled == "auto":
+        return config.loss.kd.alpha > 0 and config.student.name in models.PAPER_MODELS
+    return config.student.distilled
+
+
+def _resolutions(config: Config) -> dict[str, int]:
+    if config.fixed is not None:
+        return {"fixed.resolution": config.fixed.resolution}
+    assert config.curriculum is not None
+    return {
+        f"curriculum.stages[{i}].resolution": s.resolution for i, s in enumerate(config.curriculum.stages)
+    }
+
+
+def _apply(tree: Any, override: str) -> None:
+    key, value = _parse_override(override)
+    try:
+        OmegaConf.update(tree, key, value, merge=isinstance(value, dict), force_add=True)
+    except (OmegaConfBaseException, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"override {override!r} does not fit: {str(error).splitlines()[0]}") from error
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, separator, value = text.removeprefix("--").partition("=")
+    if not separator or not re.fullmatch(r"[A-Za-z_][\w.\[\]]*", key):
+        raise UserError(f"override {text!r} is not of the form key=value or --key=value")
+    parsed = OmegaConf.from_dotlist([f"value={value}"]).get("value")
+    if OmegaConf.is_config(parsed):
+        parsed = OmegaConf.to_container(parsed)
+    return key, None if parsed == "None" else parsed
+
+
+def _run_name(file: Path, seed: object) -> str:
+    sweep = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    return f"{file.stem}-seed{seed}" + (f"-{sweep}" if sweep else "")
+
+
+def _explain(error: Any) -> str:
+    # a union's branch stands in pydantic's location too: a type's name, never a key of ours
+    branches = {"bool", "str", "int"}
+    path = [
+        p for p in error["loc"] if isinstance(p, int) or (re.fullmatch(r"[a-z_]+", p) and p not in branches)
+    ]
+    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_keys(path[:-1])
+        close = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return f"unknown key {key}={error['input']!r}; {hint}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    hint = ""
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        close = difflib.get_close_matches(error["input"], re.findall(r"'([^']+)'", message), n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]}?" if close else ""
+    return f"{key}={error['input']!r}: {message}{hint}"
+
+
+def _known_keys(path: list[Any]) -> list[str]:
+    kind: Any = Config
+    for part in path:
+        if not isinstance(part, int):
+            kind = get_type_hints(kind).get(part)
+        while kind is not None and not is_dataclass(kind):
+            candidates = [a for a in get_args(kind) if is_dataclass(a)]
+            kind = candidates[0] if candidates else None
+        if kind is None:
+            return []
+    return [f.name for f in fields(kind)]
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        result |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return result

@@ -1,0 +1,111 @@
+"""What is measured on a held-out split: accuracy, agreement of saliency maps, and the pointing game."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from irkd_dist.distill import models, saliency
+from irkd_dist.distill.teacher import Teacher
+
+
+class Labelled(Protocol):
+    """The part of a batch that is read here: images (B, 3, r, r), labels (B,), weight (B,) with 0 for padding."""
+
+    images: Tensor
+    labels: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class TappedModel:
+    """A model with the places and the method of its saliency maps."""
+
+    model: nn.Module
+    paths: list[str]
+    method: models.Method
+    autocast: torch.dtype | None = None
+
+    def maps(self, images: Tensor, labels: Tensor) -> list[Tensor]:
+        """Detached maps (B, N), one a tap, in evaluation mode."""
+        training = self.model.training
+        self.model.eval()
+        # the frozen path differentiates from the first tap on, so parameters must not ask for gradients
+        asked = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in asked:
+            parameter.requires_grad_(False)
+        try:
+            with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+                return models.forward_with_maps(
+                    self.model, images, self.paths, self.method, labels, frozen=True
+                )[1]
+        finally:
+            for parameter in asked:
+                parameter.requires_grad_(True)
+            self.model.train(training)
+
+
+@torch.no_grad()
+def correct_and_count(model: nn.Module, batches: Iterable[Labelled], autocast: torch.dtype | None) -> Tensor:
+    """Right answers and samples of this process's share, as an integer tensor (2,); mode is put back.
+
+    Padding has weight 0 and is not counted, so the sum over the processes counts each sample once.
+    """
+    training = model.training
+    model.eval()
+    counts: Tensor | None = None
+    for batch in batches:
+        with torch.autocast(batch.images.device.type, autocast, enabled=autocast is not None):
+            logits = models.inference_logits(model(batch.images))
+        real = batch.weight > 0
+        right = ((logits.argmax(dim=1) == batch.labels) & real).sum()
+        step = torch.stack((right, real.sum()))
+        counts = step if counts is None else counts + step
+    model.train(training)
+    assert counts is not None, "an evaluation loader gives at least one batch"
+    return counts
+
+
+def agreement(
+    student: TappedModel, teacher: Teacher, batches: Iterable[Labelled], normalization: str
+) -> dict[str, float]:
+    """How alike student's and teacher's maps are, averaged over samples and taps.
+
+    Returns:
+        `mse`: the saliency loss (see `saliency.saliency_loss`); `correlation`: Pearson's over the patch grid.
+    """
+    loss, correlation, count, pairs = 0.0, 0.0, 0, 0
+    for batch in batches:
+        real = batch.weight > 0
+        images, labels = batch.images[real], batch.labels[real]
+        if not len(images):
+            continue
+        ours = student.maps(images, labels)
+        theirs = teacher(images, labels, aligned=len(images), logits=False).maps or []
+        theirs = [saliency.resize_map(t, o.shape[1]) for t, o in zip(theirs, ours, strict=True)]
+        loss += float(saliency.saliency_loss(ours, theirs, normalization)[0].sum())
+        count += len(images)
+        for a, b in zip(ours, theirs, strict=True):
+            correlation += float(
+                F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)).sum()
+            )
+            pairs += len(a)
+    return {"mse": loss / max(count, 1), "correlation": correlation / max(pairs, 1)}
+
+
+def pointing_hits(maps: list[Tensor], masks: Tensor) -> Tensor:
+    """Pointing game (Zhang et al. 2018): does the saliency's peak lie on the object?
+
+    Each sample's maps (B, N) are min-max normalised, averaged over the taps, and enlarged to the image; masks
+    (B, H, W) are true on the object. Returns (B,) booleans.
+    """
+    mean = torch.stack([saliency.normalize_map(m, "minmax")[0] for m in maps]).mean(0)
+    side, size = saliency.grid_side(mean.shape[1]), masks.shape[-1]
+    enlarged = F.interpolate(mean.reshape(-1, 1, side, side), size=size, mode="bilinear", align_corners=False)
+    peak = enlarged.flatten(1).argmax(dim=1, keepdim=True)
+    return masks.flatten(1).gather(1, peak).squeeze(1)

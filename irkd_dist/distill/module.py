@@ -1,0 +1,140 @@
+"""Student and losses in one forward: the module that DDP, DeepSpeed or FSDP2 wrap.
+
+The saliency term differentiates inside this forward, the only place where its gradients are right once an engine
+hooks or shards the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from irkd_dist.distill import losses, models, saliency
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the student minimises; weights that change by stage or step are arguments of the forward."""
+
+    form: Literal["sum", "convex"] = "sum"
+    kd_kind: Literal["soft", "hard"] = "soft"
+    temperature: float = 4.0
+    method: models.Method = "gradient"
+    normalization: Literal["minmax", "l2"] = "minmax"
+    taps: tuple[str, ...] = ()  # module paths in the student, void ones left out
+
+
+@dataclass
+class Targets:
+    """What the teacher says about a batch; all detached."""
+
+    logits: Tensor | None = None  # (B, K)
+    maps: list[Tensor] | None = None  # one (A, N') a tap, for the first A samples of the batch
+
+
+class Distiller(nn.Module):
+    """A student with its losses.
+
+    Args:
+        student: the model to train.
+        objective: the terms' definition.
+        autocast: dtype of the forward and both backwards, None for fp32; parameters stay fp32.
+        inner_grad_context: makes what an engine needs around the inner gradient.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        objective: Objective,
+        autocast: torch.dtype | None = None,
+        inner_grad_context: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self.autocast = autocast
+        self.inner_grad_context = inner_grad_context
+
+    def forward(
+        self,
+        images: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        targets: Targets,
+        alpha: float = 0.0,
+        gamma: float = 0.0,
+        saliency_scale: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """Compute the named loss terms of a batch share.
+
+        images (B, 3, r, r); target (B,) class numbers or (B, K) probabilities; weight (B,), so that the mean over
+        ranks of sum(weight * loss) is the mean over the global batch. `targets.maps` covers the first A samples, those
+        whose saliency is aligned; `saliency_scale` is global batch / global A. A term of weight 0 is not computed.
+
+        Returns:
+            Scalars: `total` to differentiate, the detached terms `ce`, `kd`, `saliency` where they are computed,
+            `correct` (samples right) and `flat` (maps without a shape).
+        """
+        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+            output, maps = self._student_forward(images, target, targets.maps if gamma else None)
+        logits = models.inference_logits(output)
+        class_logits, distilled_logits = output if isinstance(output, tuple) else (output, output)
+        distils = alpha > 0 and targets.logits is not None
+        ce_weight, kd_weight, saliency_weight = losses.term_weights(self.objective.form, alpha, gamma)
+
+        # without distillation both heads of a distilled student learn from the labels, as inference uses both
+        ce = (weight * losses.cross_entropy(class_logits if distils else logits, target)).sum()
+        total = ce_weight * ce
+        terms = {"ce": ce.detach()}
+        if distils:
+            assert targets.logits is not None
+            if self.objective.kd_kind == "hard":
+                per_sample = losses.hard_distillation(distilled_logits, targets.logits)
+            else:
+                per_sample = losses.soft_distillation(
+                    distilled_logits, targets.logits, self.objective.temperature
+                )
+            kd = (weight * per_sample).sum()
+            total = total + kd_weight * kd
+            terms["kd"] = kd.detach()
+        if maps:
+            assert targets.maps is not None
+            theirs = [
+                saliency.resize_map(m, ours.shape[1]) for m, ours in zip(targets.maps, maps, strict=True)
+            ]
+            per_sample, flat = saliency.saliency_loss(maps, theirs, self.objective.normalization)
+            term = saliency_scale * (weight[: len(per_sample)] * per_sample).sum()
+            total = total + saliency_weight * term
+            terms |= {"saliency": term.detach(), "flat": flat}
+        label = target if target.ndim == 1 else target.argmax(dim=1)
+        terms["correct"] = ((logits.argmax(dim=1) == label) & (weight > 0)).sum()
+        terms["total"] = total
+        return terms
+
+    def _student_forward(
+        self, images: Tensor, target: Tensor, teacher_maps: list[Tensor] | None
+    ) -> tuple[Tensor | tuple[Tensor, Tensor], list[Tensor]]:
+        aligned = len(teacher_maps[0]) if teacher_maps else 0
+        if not aligned:
+            return self.student(images), []
+        output, maps = models.forward_with_maps(
+            self.student,
+            images[:aligned],
+            list(self.objective.taps),
+            self.objective.method,
+            target[:aligned],
+            frozen=False,
+            context=self.inner_grad_context(),
+        )
+        if aligned < len(images):
+            rest = self.student(images[aligned:])
+            if isinstance(output, tuple):
+                output = tuple(torch.cat(pair) for pair in zip(output, rest, strict=True))  # type: ignore[assignment]
+            else:
+                output = torch.cat((output, rest))
+        return output, maps

@@ -1,0 +1,147 @@
+"""Checkpoints that belong to no engine: weights and moments by name in safetensors, the rest in JSON.
+
+A checkpoint is written to a temporary folder, synced, and renamed; state.json holds the checksums of the other two
+files. So a folder that has the final name and whose checksums agree is whole, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from irkd_dist.errors import UserError
+
+FORMAT_VERSION = 1
+STUDENT, OPTIMIZER, STATE = "student.safetensors", "optimizer.safetensors", "state.json"
+
+
+def save(
+    folder: Path, student: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]
+) -> None:
+    """Write a checkpoint; it appears under its name only when it is whole.
+
+    student: full fp32 weights by parameter name; optimizer: moments by `kind.parameter`; state: JSON values.
+
+    Raises:
+        UserError: the disk is full or not writable; the folder's earlier content is untouched.
+    """
+    temporary = folder.with_name(f".writing-{folder.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file({k: v.contiguous() for k, v in student.items()}, temporary / STUDENT)
+        save_file(optimizer, temporary / OPTIMIZER)
+        digests = {name: _sync_and_digest(temporary / name) for name in (STUDENT, OPTIMIZER)}
+        text = json.dumps({"version": FORMAT_VERSION, "sha256": digests, **state}, indent=1)
+        (temporary / STATE).write_text(text)
+        _sync_and_digest(temporary / STATE)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        _sync_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent if folder.parent.exists() else Path()).free / 2**20
+        raise UserError(
+            f"cannot write checkpoint {folder}: {error} ({free:.0f} MiB free); earlier checkpoints are untouched"
+        ) from error
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint folder.
+
+    Raises:
+        UserError: it is missing, not JSON, or of another version.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no checkpoint: it has no {STATE}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / STATE} cannot be read: {error}") from error
+    if state.get("version") != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} is of checkpoint version {state.get('version')}; this release reads {FORMAT_VERSION}"
+        )
+    return state
+
+
+def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Read (student weights, moments, state) after comparing the checksums.
+
+    Raises:
+        UserError: a file is missing, truncated or altered; the message names it.
+    """
+    state = load_state(folder)
+    return _read(folder / STUDENT, state), _read(folder / OPTIMIZER, state), state
+
+
+def load_student(folder: Path) -> dict[str, Tensor]:
+    """Read the student's weights alone."""
+    return _read(folder / STUDENT, load_state(folder))
+
+
+def name(step: int) -> str:
+    """Folder name of the checkpoint at a global step."""
+    return f"step-{step:08d}"
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint in a folder of them, and why each newer one was skipped."""
+    skipped = []
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            load(candidate)
+            return candidate, skipped
+        except UserError as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def prune(folder: Path, keep: int, always: set[str]) -> None:
+    """Delete all but the newest `keep` checkpoints and those named in `always`."""
+    for old in sorted(folder.glob("step-*"), reverse=True)[keep:]:
+        if old.name not in always:
+            shutil.rmtree(old, ignore_errors=True)
+    for unfinished in folder.glob(".writing-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def prune_all_but(folder: Path, names: set[str]) -> None:
+    """Delete every checkpoint in a folder but those named."""
+    for old in folder.glob("*step-*"):
+        if old.name not in names:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _read(file: Path, state: dict[str, Any]) -> dict[str, Tensor]:
+    try:
+        if hashlib.sha256(file.read_bytes()).hexdigest() != state["sha256"][file.name]:
+            raise UserError(f"{file} is altered or truncated: its checksum differs from the one in {STATE}")
+        return load_file(file)
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+
+
+def _sync_and_digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

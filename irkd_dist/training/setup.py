@@ -1,0 +1,354 @@
+"""From a configuration to the parts of a run: models, taps, loaders, teacher checkpoints, and where to resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from irkd_dist import __version__, runs
+from irkd_dist import config as configuration
+from irkd_dist.config import Config, Stage
+from irkd_dist.data import loader as loading
+from irkd_dist.data import shards
+from irkd_dist.distill import measure, models
+from irkd_dist.distill.measure import TappedModel
+from irkd_dist.distill.module import Distiller, Objective
+from irkd_dist.distill.teacher import Teacher, freeze
+from irkd_dist.errors import UserError
+from irkd_dist.training import checkpoint, curriculum, distributed, optim
+from irkd_dist.training.distributed import Engine
+
+
+@dataclass
+class Position:
+    """Where a run stands in its order of samples; everything random is a function of it and the seed."""
+
+    curriculum: curriculum.State = field(default_factory=curriculum.State)
+    epoch_step: int = 0  # steps done in the present epoch
+    epoch: int = 0  # epochs done in the run
+    step: int = 0  # steps done in the run
+    stage_step: int = 0  # steps done in the present stage
+    finished: bool = False
+    stage_bests: list[str] = field(default_factory=list)  # best checkpoint of each ended stage
+    sums: list[float] = field(default_factory=list)  # loss terms of the present epoch so far
+    seconds: float = 0.0  # of training, over all restarts
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_state(state: dict[str, Any]) -> Position:
+        values = {key: state[key] for key in Position.__dataclass_fields__}
+        return Position(**values | {"curriculum": curriculum.State(**values["curriculum"])})
+
+
+@dataclass
+class Job:
+    """Everything that lives for the whole run."""
+
+    config: Config
+    engine: Engine
+    folder: Path
+    manifest: shards.Manifest
+    stages: list[Stage]
+    student: nn.Module  # the network itself
+    module: nn.Module  # Distiller in the engine's wrapper
+    optimizer: torch.optim.Optimizer  # in the engine's wrapper
+    teacher: Teacher | None
+    teacher_folders: list[Path | None]  # teacher checkpoint of each stage
+    student_taps: list[str]  # module paths; empty if the student has none that the method reads
+    identity: dict[str, Any]  # written into every checkpoint: model, classes, normalisation, digests
+    notes: list[str]  # what a user should know before the first step
+
+
+def build(config: Config, engine: Engine) -> Job:
+    """Check everything, then build it; nothing is written.
+
+    Raises:
+        UserError: shards, teacher and configuration do not fit together.
+    """
+    data = Path(config.data.shards)
+    manifest = shards.load_manifest(data)
+    stages = configuration.stages(config)
+    _check_shards(config, manifest, stages)
+
+    torch.manual_seed(config.seed)
+    student, arguments = runs.create_student(config, len(manifest.classes))
+    patch = models.patch_size(student)
+    if patch is not None:
+        configuration.check_resolutions(config, patch, "student")
+
+    notes, teacher, teacher_folders, taps = [], None, [None] * len(stages), []
+    saliency = config.loss.saliency
+    if config.teacher is not None:
+        network = runs.load_teacher(config, manifest)
+        pairs, tap_notes = _tap_pairs(config, student, network.model)
+        notes += tap_notes
+        taps = [s.path for s, _ in pairs]
+        teacher = _teacher(config, engine, network, manifest, [t.path for _, t in pairs])
+        teacher_folders = _teacher_folders(config, stages, network.folder, notes)
+    else:
+        taps = _taps_alone(config, student)
+    second_order = saliency.gamma > 0 and saliency.method != "attention"
+    if second_order or engine.device.type == "cpu":
+        # fused kernels have no second derivative, and on a CPU their backward is slower than explicit products
+        models.without_fused_attention(student)
+
+    objective = Objective(
+        config.loss.form,
+        config.loss.kd.kind,
+        config.loss.kd.temperature,
+        saliency.method,
+        saliency.normalization,
+        tuple(taps),
+    )
+    distiller = Distiller(student, objective, engine.autocast, distributed.inner_grad_context())
+    groups = optim.parameter_groups(student, config.optim.weight_decay)
+    # fused: one pass over each tensor, the same arithmetic on every device
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
+    )
+    distiller.to(engine.device)
+    module, optimizer = distributed.prepare(engine, distiller, optimizer)
+    identity = {
+        "model": arguments,
+        "classes": manifest.classes,
+        "mean": manifest.mean,
+        "std": manifest.std,
+        "config": configuration.to_dict(config),
+        "data_digest": data_digest(manifest),
+        "teacher_digest": _digests(teacher_folders) if config.teacher and config.teacher.run else None,
+        "package_version": __version__,
+    }
+    return Job(
+        config, engine, runs.folder_of(config), manifest, stages, student, module, optimizer, teacher,
+        teacher_folders, taps, identity, notes,
+    )  # fmt: skip
+
+
+def loaders(job: Job, stage: Stage) -> tuple[loading.Loader, loading.Loader]:
+    """The training loader of a stage and the one it is validated with (test split if there is no validation)."""
+    data, teacher = job.config.data, job.config.teacher
+    full = max(job.manifest.resolutions) if teacher is not None and teacher.view == "full" else None
+    augment = loading.Augment(mode=job.manifest.mode, **asdict(job.config.augment))
+    train = loading.Loader(
+        Path(data.shards), job.manifest, "train", stage.resolution, batch=data.batch, seed=job.config.seed,
+        rank=job.engine.rank, world=job.engine.world, augment=augment, full_resolution=full, cache=data.cache,
+        device=job.engine.device, workers=data.workers, verify="size", subset=data.subset,
+    )  # fmt: skip
+    return train, evaluation_loader(job, held_out(job.manifest), stage.resolution)
+
+
+def evaluation_loader(job: Job, split: str, resolution: int, full: bool = False) -> loading.Loader:
+    """A loader for measuring: in order, normalised only. `full`: at the teacher's full resolution."""
+    data = job.config.data
+    return loading.Loader(
+        Path(data.shards), job.manifest, split, max(job.manifest.resolutions) if full else resolution,
+        batch=max(data.batch, 256), seed=job.config.seed, rank=job.engine.rank, world=job.engine.world,
+        augment=None, cache=data.cache, device=job.engine.device, workers=data.workers, verify="size",
+        centre_crop=data.centre_crop,
+    )  # fmt: skip
+
+
+def accuracy(job: Job, model: nn.Module, loader: loading.Loader) -> float:
+    """Top-1 accuracy over all processes, from integer counts: each sample once."""
+    counts = measure.correct_and_count(model, loader.batches(0), job.engine.autocast)
+    right, count = distributed.total(job.engine, counts).tolist()
+    return right / count
+
+
+def held_out(manifest: shards.Manifest) -> str:
+    """The split that stages are judged by."""
+    return "val" if "val" in manifest.splits else "test"
+
+
+def tapped_student(job: Job) -> TappedModel:
+    """The student as its maps are read for panels and agreement."""
+    return TappedModel(job.student, job.student_taps, job.config.loss.saliency.method, job.engine.autocast)
+
+
+def plan(config: Config, stages: list[Stage]) -> curriculum.Plan:
+    """The curriculum's plan."""
+    epochs = tuple(s.epochs or 0 for s in stages)
+    if config.fixed is not None:
+        return curriculum.Plan(epochs, config.fixed.patience)
+    assert config.curriculum is not None
+    return curriculum.Plan(epochs, config.curriculum.patience, config.curriculum.start_from)
+
+
+def resume(job: Job) -> tuple[Position, list[str]]:
+    """Load the newest complete checkpoint, if there is one; returns the position and what was skipped, and why.
+
+    Raises:
+        UserError: the run was started with other semantic keys, other data or another teacher.
+    """
+    folder, skipped = checkpoint.newest(job.folder / runs.CHECKPOINTS)
+    if folder is None:
+        return Position(), skipped
+    state = load_into(job, folder)
+    changed = configuration.semantic_difference(state["config"], job.identity["config"])
+    for key, name in (("data_digest", "data"), ("teacher_digest", "teacher")):
+        if state[key] != job.identity[key]:
+            changed.append(f"{name}: its content is not what the run was started with")
+    if changed:
+        raise UserError(
+            f"{job.folder} was started with another configuration: {'; '.join(changed)}. Give the run another name "
+            f"(name=...), or restore these"
+        )
+    return Position.from_state(state), skipped
+
+
+def load_into(job: Job, folder: Path, moments: bool = True) -> dict[str, Any]:
+    """Load a checkpoint into the live student and, with `moments`, the live optimizer; returns its state."""
+    student, optimizer, state = checkpoint.load(folder)
+    models.load_weights(job.student, student, str(folder))
+    if moments:
+        optim.load_moments(job.student, distributed.inner_optimizer(job.optimizer), optimizer)
+    return state
+
+
+def save(job: Job, folder: Path, position: Position) -> None:
+    """Write a checkpoint from rank 0; all ranks return when it is whole."""
+    if job.engine.main:
+        moments = optim.moments_by_name(job.student, distributed.inner_optimizer(job.optimizer))
+        weights = {k: v.detach().to("cpu", copy=True) for k, v in job.student.state_dict().items()}
+        checkpoint.save(folder, weights, moments, {**position.state_dict(), **job.identity})
+    distributed.barrier(job.engine)
+
+
+def load_stage_teacher(job: Job, stage: int) -> None:
+    """Give the teacher the weights of this stage's checkpoint, where the schedule changes them."""
+    folder = job.teacher_folders[stage]
+    if job.teacher is not None and folder is not None and len(set(job.teacher_folders)) > 1:
+        job.teacher.load(checkpoint.load_student(folder), f"teacher of stage {stage}: {folder}")
+
+
+def data_digest(manifest: shards.Manifest) -> str:
+    """A digest of what the shards hold, whatever folder they are in."""
+    content = [
+        manifest.classes,
+        manifest.splits,
+        manifest.mode,
+        {k: _plain(v) for k, v in manifest.shards.items()},
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(splits: dict[str, tuple[shards.Shard, ...]]) -> dict[str, list[dict[str, Any]]]:
+    return {split: [asdict(s) for s in files] for split, files in splits.items()}
+
+
+def _check_shards(config: Config, manifest: shards.Manifest, stages: list[Stage]) -> None:
+    data = Path(config.data.shards)
+    if "train" not in manifest.splits:
+        raise UserError(f"{data} has no train split; it has {', '.join(manifest.splits)}")
+    if not {"val", "test"} & set(manifest.splits):
+        raise UserError(
+            f"{data} has neither a val nor a test split to judge stages by; render with --val-fraction 0.1"
+        )
+    if config.data.subset is not None and config.data.subset > manifest.splits["train"]:
+        raise UserError(
+            f"data.subset={config.data.subset}, but {data} has {manifest.splits['train']} training images"
+        )
+    if manifest.mode == "resize":
+        missing = sorted({s.resolution for s in stages} - set(manifest.resolutions))
+        if missing:
+            raise UserError(
+                f"stages need {', '.join(map(str, missing))} px, but {data} was rendered at "
+                f"{', '.join(map(str, manifest.resolutions))}: render again with --resolutions "
+                + ",".join(str(r) for r in sorted({*missing, *manifest.resolutions}))
+            )
+    stored = manifest.resolutions if manifest.mode == "crop" else sorted({s.resolution for s in stages})
+    for resolution in stored:  # now, not in the fifth stage of a long run
+        for split in ("train", held_out(manifest)):
+            shards.open_split(data, manifest, split, resolution, verify=config.data.verify).close()
+
+
+def _tap_pairs(
+    config: Config, student: nn.Module, teacher: nn.Module
+) -> tuple[list[tuple[models.Tap, models.Tap]], list[str]]:
+    spec = config.loss.saliency
+    try:
+        pairs = models.tap_pairs(student, teacher, spec.taps, spec.method, spec.strict_paper)
+    except UserError:
+        if spec.gamma:
+            raise
+        return [], []  # taps serve the panels only
+    notes = []
+    kept = [pair for pair in pairs if spec.strict_paper or not (pair[0].void or pair[1].void)]
+    void = [f"{s.path} | {t.path}" for s, t in pairs if s.void or t.void]
+    if spec.gamma:
+        if void and not kept:
+            raise UserError(
+                f"saliency.taps: every tap is void ({', '.join(void)}): its map is zero; use last, or a lower block"
+            )
+        notes.append("taps (student | teacher): " + ", ".join(f"{s.path} | {t.path}" for s, t in kept))
+        if void:
+            what = "kept, as strict_paper asks" if spec.strict_paper else "left out of the average"
+            notes.append(f"void taps, no logit depends on their patch tokens: {', '.join(void)}; {what}")
+    return kept, notes
+
+
+def _taps_alone(config: Config, student: nn.Module) -> list[str]:
+    spec = config.loss.saliency
+    try:
+        pairs = models.tap_pairs(student, student, spec.taps, spec.method)
+    except UserError:
+        return []
+    return [s.path for s, _ in pairs if not s.void]
+
+
+def _teacher(
+    config: Config, engine: Engine, network: runs.Network, manifest: shards.Manifest, paths: list[str]
+) -> Teacher:
+    saliency = config.loss.saliency
+    renormalize = None
+    if config.teacher is not None and config.teacher.renormalize:
+        ours_mean, ours_std = (
+            torch.tensor(v, device=engine.device).view(3, 1, 1) for v in (manifest.mean, manifest.std)
+        )
+        mean, std = (torch.tensor(v, device=engine.device).view(3, 1, 1) for v in (network.mean, network.std))
+        renormalize = (ours_std / std, (ours_mean - mean) / std)
+    inner_gradient = saliency.gamma > 0 and saliency.method != "attention"
+    model = freeze(network.model.to(engine.device), engine.autocast, inner_gradient)
+    return Teacher(model, paths, saliency.method, engine.autocast, renormalize)
+
+
+def _teacher_folders(config: Config, stages: list[Stage], final: Path, notes: list[str]) -> list[Path | None]:
+    spec = config.teacher
+    assert spec is not None
+    if spec.run is None:
+        folders: list[Path | None] = [None] * len(stages)
+    elif spec.schedule == "aligned":
+        folders = list(_aligned(runs.run_of(Path(spec.run)), len(stages)))
+    else:
+        folders = [final] * len(stages)
+    for i, stage in enumerate(stages):
+        if stage.teacher is not None:
+            folders[i] = runs.checkpoint_of(Path(stage.teacher))
+    if len(set(folders)) > 1:
+        named = (f"{s.resolution} px: {f}" for s, f in zip(stages, folders, strict=True))
+        notes.append("teacher checkpoints by stage: " + ", ".join(named))
+    return folders
+
+
+def _aligned(run: Path, count: int) -> list[Path]:
+    found = {int(f.name.removeprefix("step-")): f for f in (run / runs.CHECKPOINTS).glob("step-*")}
+    if len(found) < count:
+        raise UserError(
+            f"teacher.schedule=aligned: {run} keeps {len(found)} checkpoints, {count} stages need as many; train the "
+            "teacher with checkpoint.keep_epochs=1"
+        )
+    last = max(found)
+    return [found[min(found, key=lambda step: abs(step - last * (i + 1) / count))] for i in range(count)]
+
+
+def _digests(folders: list[Path | None]) -> str:
+    states = [checkpoint.load_state(f)["sha256"][checkpoint.STUDENT] if f else None for f in folders]
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]

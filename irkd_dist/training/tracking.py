@@ -1,0 +1,159 @@
+"""What a run says while it trains: events.jsonl always, a progress bar, and W&B or TensorBoard when asked."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from irkd_dist.errors import UserError
+
+EVENTS = "events.jsonl"
+
+
+class Tracker:
+    """Writes events and metrics on rank 0; elsewhere every call does nothing.
+
+    Args:
+        run: run folder.
+        main: whether this process is rank 0.
+        backend: `none`, `wandb` or `tensorboard`.
+        mode, project, name, config: for W&B; in a sweep its agent sets the run's id by environment.
+    """
+
+    def __init__(
+        self, run: Path, main: bool, backend: str, mode: str, project: str, name: str, config: dict[str, Any]
+    ) -> None:
+        self.main = main
+        self.console = Console(quiet=not main, highlight=False, soft_wrap=True)
+        self._backend: Any = None
+        self._kind = backend if main else "none"
+        if not main:
+            return
+        self._file = _open_events(run / EVENTS)
+        if backend == "wandb":
+            self._backend = _wandb(run, mode, project, name, config)
+        elif backend == "tensorboard":
+            self._backend = _tensorboard(run)
+
+    def event(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line to events.jsonl, flushed."""
+        if self.main:
+            line = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Send numbers to the backend."""
+        if self._kind == "wandb":
+            self._backend.log(values, step=step)
+        elif self._kind == "tensorboard":
+            for key, value in values.items():
+                self._backend.add_scalar(key, value, step)
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        self.console.print(text)
+
+    @contextmanager
+    def stage_bar(self, title: str, total: int, done: int) -> Iterator[Any]:
+        """Progress of one stage: yields `update(done, text)`. Off a terminal it draws nothing."""
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+        )
+        hidden = not self.main or not self.console.is_terminal
+        with Progress(*columns, console=self.console, disable=hidden, transient=True) as progress:
+            task = progress.add_task(title, total=total, completed=done, text="")
+            yield lambda done, text: progress.update(task, completed=done, text=text)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self.main:
+            self._file.close()
+        if self._kind == "wandb":
+            self._backend.finish()
+        elif self._kind == "tensorboard":
+            self._backend.close()
+
+
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """Events of a run in order, each step once: what a resumed run did again replaces what it did before.
+
+    A line cut short by a kill is left out.
+
+    Raises:
+        UserError: the run has no events.
+    """
+    file = run / EVENTS
+    if not file.is_file():
+        raise UserError(f"{run} is no run folder: it has no {EVENTS}")
+    events: list[dict[str, Any]] = []
+    for line in file.read_text().splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if event["event"] == "start":
+            events = []
+        if event["event"] == "resume":
+            events = [e for e in events if e["step"] <= event["step"]]
+        events.append(event)
+    return events
+
+
+def summary_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    """A table for the terminal: first column left, the others right."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _open_events(file: Path) -> Any:
+    cut = file.exists() and file.stat().st_size > 0 and not file.read_bytes().endswith(b"\n")
+    handle = file.open("a")
+    if cut:  # a kill in the middle of a line: the next event starts a new one
+        handle.write("\n")
+    return handle
+
+
+def _wandb(run: Path, mode: str, project: str, name: str, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("track.backend=wandb needs wandb: pip install 'irkd_dist[all]'") from None
+    id_file = run / "wandb-id.txt"
+    identity = id_file.read_text().strip() if id_file.exists() else None
+    # a preempted run goes on under its own id; a sweep's agent gives one by environment, which wandb reads itself
+    handle = wandb.init(
+        project=project,
+        name=name,
+        config=config,
+        dir=run,
+        mode=mode,
+        id=identity,
+        resume="allow",  # type: ignore[arg-type]
+    )
+    id_file.write_text(handle.id)
+    return handle
+
+
+def _tensorboard(run: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("track.backend=tensorboard needs tensorboard: pip install 'irkd_dist[all]'") from None
+    return SummaryWriter(str(run / "tensorboard"))
