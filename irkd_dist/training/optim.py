@@ -42,7 +42,9 @@ def lr_factor(
         return start + (1 - start) * part
     if kind == "constant":
         return 1.0
-    part = min((step - rising) / max(steps - rising - 1, 1), 1.0)
+    # the peak is the warm-up's last step, or without one the first step
+    part = (step - rising + 1) / (steps - rising) if rising else step / max(steps - 1, 1)
+    part = min(part, 1.0)
     return final + (1 - final) * (1 + math.cos(math.pi * part)) / 2
 
 

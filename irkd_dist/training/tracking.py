@@ -87,6 +87,22 @@ class Tracker:
             self._backend.close()
 
 
+@contextmanager
+def count_bar(what: str) -> Iterator[tuple[Any, Any]]:
+    """A bar for counted work: yields `progress(done, total)` and `say(text)`. Off a terminal, a line now and then."""
+    console = Console(highlight=False, soft_wrap=True)
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if not console.is_terminal and (done == total or done % max(total // 10, 1) == 0):
+                console.print(f"{done} of {total} {what}")
+
+        yield progress, console.print
+
+
 def read_events(run: Path) -> list[dict[str, Any]]:
     """Events of a run in order, each step once: what a resumed run did again replaces what it did before.
 

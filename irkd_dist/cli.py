@@ -1,0 +1,195 @@
+"""The command line: `irkd <command>`. Parses, calls, prints; the work is done elsewhere, imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from irkd_dist import __version__
+from irkd_dist.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for the user's errors, 130 when interrupted."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    overrides = [text for text in rest if "=" in text]
+    if len(overrides) < len(rest) or (rest and not hasattr(arguments, "overrides")):
+        unknown = [text for text in rest if text not in overrides] or rest
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if hasattr(arguments, "overrides"):
+        arguments.overrides = [*arguments.overrides, *overrides]
+    try:
+        return arguments.call(arguments)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"irkd: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("irkd: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="irkd", description="Distil a large Vision Transformer into a small one.")
+    parser.add_argument("--version", action="version", version=f"irkd_dist {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    render = commands.add_parser("render", help="images -> WebDataset shards at every resolution")
+    render.add_argument("source", choices=["parquet", "cifar10", "idx", "folder", "wds", "synthetic"])
+    render.add_argument("--path", type=Path, help="where the source's files are (synthetic needs none)")
+    render.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    render.add_argument("--resolutions", required=True, metavar="R,R,...", help="in pixels, e.g. 12,16,20,24,28,32")
+    render.add_argument(
+        "--mode", choices=["resize", "crop"], default="resize",
+        help="resize: antialiased, at every resolution; crop: the full-size image only, training crops from it",
+    )  # fmt: skip
+    render.add_argument("--encoding", choices=["png", "npy", "webp", "jpg"], default="png")
+    render.add_argument("--samples-per-shard", type=int, default=2000, metavar="N")
+    render.add_argument("--val-fraction", type=float, default=0.1, metavar="F", help="held out of train (default 0.1)")
+    render.add_argument("--seed", type=int, default=42, help="of the held-out choice and of synthetic images")
+    render.add_argument("--workers", type=int, default=1, metavar="N", help="processes; no influence on the result")
+    render.add_argument("--max-bad", type=int, default=0, metavar="N", help="unreadable images skipped before it stops")
+    render.add_argument("--limit", type=int, metavar="N", help="samples of each split at most")
+    render.add_argument("--dataset", help="name in the manifest")
+    render.add_argument("--overwrite", action="store_true", help="replace another render in --out")
+    render.add_argument("--part", metavar="I/N", help="render the I-th of N parts only (1-based), no manifest yet")
+    render.add_argument("--image-column", help="of parquet files, if there are several")
+    render.add_argument("--label-column", help="of parquet files, if there are several")
+    render.add_argument("--download", action="store_true", help="fetch CIFAR-10 into --path first")
+    render.add_argument("--samples", metavar="train=N,test=N", help="of synthetic (default train=4000,test=1000)")
+    render.add_argument("--size", type=int, help="of synthetic images in pixels (default: the largest resolution)")
+    render.set_defaults(call=_render)
+
+    train = commands.add_parser("train", help="train a teacher or a student; the same command resumes")
+    train.add_argument("config", help="YAML file; those that ship with the package are named configs/...")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="or --key=value, as sweeps send it")
+    train.add_argument("--print-config", action="store_true", help="show the resolved configuration and stop")
+    train.set_defaults(call=_train)
+
+    evaluate = commands.add_parser("evaluate", help="accuracy at each resolution, saliency agreement, pointing game")
+    evaluate.add_argument("run", type=Path, help="run folder or checkpoint folder")
+    evaluate.add_argument("--which", choices=["best", "last"], default="best", help="checkpoint of a run folder")
+    evaluate.add_argument("--split", choices=["train", "val", "test"], default="test")
+    evaluate.add_argument("--resolutions", metavar="R,R,...", help="default: all rendered")
+    evaluate.add_argument("--data", help="shards, if they are not where the run found them")
+    evaluate.set_defaults(call=_evaluate)
+
+    report = commands.add_parser("report", help="figures and one self-contained HTML page")
+    report.add_argument("runs", type=Path, nargs="+", metavar="run", help="one run folder, or several to compare")
+    report.add_argument("--out", type=Path, help="the page (default: report.html beside what it reports)")
+    report.set_defaults(call=_report)
+
+    study = commands.add_parser("study", help="several experiments over several seeds, and their table")
+    study.add_argument("study", type=Path, help="YAML file, e.g. configs/cifar10/cpu/study.yaml")
+    study.add_argument("overrides", nargs="*", metavar="key=value", help="for every run")
+    study.add_argument("--out", type=Path, help="Markdown file for the table")
+    study.set_defaults(call=_study)
+
+    demo = commands.add_parser("demo", help="the whole job on synthetic images, in minutes")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"))
+    demo.set_defaults(call=_demo)
+    return parser
+
+
+def _render(arguments: argparse.Namespace) -> int:
+    from irkd_dist.data import render
+    from irkd_dist.data.sources import open_source
+    from irkd_dist.training.tracking import count_bar
+
+    resolutions = _numbers(arguments.resolutions, "--resolutions")
+    options = render.Options(
+        resolutions, arguments.mode, arguments.encoding, arguments.samples_per_shard, arguments.val_fraction,
+        arguments.seed, arguments.limit, arguments.dataset, arguments.workers, arguments.max_bad,
+    )  # fmt: skip
+    source = open_source(
+        arguments.source, arguments.path, image_column=arguments.image_column, label_column=arguments.label_column,
+        download=arguments.download, samples=_samples(arguments.samples), size=arguments.size or max(resolutions),
+        seed=arguments.seed,
+    )  # fmt: skip
+    with count_bar("shards") as (progress, say):
+        manifest = render.render(
+            source, arguments.out, options, overwrite=arguments.overwrite, part=_part(arguments.part),
+            progress=progress, warn=lambda text: say(f"warning: {text}"),
+        )  # fmt: skip
+    if manifest is not None:
+        splits = ", ".join(f"{count} {split}" for split, count in manifest.splits.items())
+        sizes = ", ".join(map(str, manifest.resolutions))
+        print(f"{arguments.out}: {len(manifest.classes)} classes, {splits}, at {sizes} px; see {render.PREVIEW}")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from irkd_dist import config
+
+    loaded = config.load(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(config.to_yaml(loaded), end="")
+        return 0
+    from irkd_dist.training.train import train
+
+    train(loaded)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from irkd_dist import evaluate
+
+    resolutions = list(_numbers(arguments.resolutions, "--resolutions")) if arguments.resolutions else None
+    result = evaluate.evaluate(
+        arguments.run, which=arguments.which, split=arguments.split, resolutions=resolutions, data=arguments.data
+    )
+    evaluate.show(result)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from irkd_dist import report
+
+    print(report.write(arguments.runs, arguments.out))
+    return 0
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from irkd_dist import study
+
+    command = " ".join(["irkd study", str(arguments.study), *arguments.overrides])
+    command += f" --out {arguments.out}" if arguments.out else ""
+    print(study.run(study.load(arguments.study), arguments.overrides, arguments.out, command))
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from irkd_dist import demo
+
+    demo.demo(arguments.out)
+    return 0
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} {text!r} is not a list of whole numbers such as 12,16,20") from None
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    number, slash, count = text.partition("/")
+    if not slash or not number.isdigit() or not count.isdigit() or not 1 <= int(number) <= int(count):
+        raise UserError(f"--part {text!r} is not of the form I/N with I from 1 to N")
+    return int(number) - 1, int(count)
+
+
+def _samples(text: str | None) -> dict[str, int] | None:
+    if text is None:
+        return None
+    result = {}
+    for item in text.split(","):
+        split, _, count = item.partition("=")
+        if split not in ("train", "val", "test") or not count.isdigit():
+            raise UserError(f"--samples {text!r} is not of the form train=4000,test=1000")
+        result[split] = int(count)
+    return result
