@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="irkd", description="Distil a large Vision Transformer into a small one.")
+    parser = argparse.ArgumentParser(
+        prog="irkd", description="Distil a large Vision Transformer into a small one."
+    )
     parser.add_argument("--version", action="version", version=f"irkd_dist {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -40,26 +42,40 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument("source", choices=["parquet", "cifar10", "idx", "folder", "wds", "synthetic"])
     render.add_argument("--path", type=Path, help="where the source's files are (synthetic needs none)")
     render.add_argument("--out", type=Path, required=True, help="folder of the shards")
-    render.add_argument("--resolutions", required=True, metavar="R,R,...", help="in pixels, e.g. 12,16,20,24,28,32")
+    render.add_argument(
+        "--resolutions", required=True, metavar="R,R,...", help="in pixels, e.g. 12,16,20,24,28,32"
+    )
     render.add_argument(
         "--mode", choices=["resize", "crop"], default="resize",
         help="resize: antialiased, at every resolution; crop: the full-size image only, training crops from it",
     )  # fmt: skip
     render.add_argument("--encoding", choices=["png", "npy", "webp", "jpg"], default="png")
     render.add_argument("--samples-per-shard", type=int, default=2000, metavar="N")
-    render.add_argument("--val-fraction", type=float, default=0.1, metavar="F", help="held out of train (default 0.1)")
+    render.add_argument(
+        "--val-fraction", type=float, default=0.1, metavar="F", help="held out of train (default 0.1)"
+    )
     render.add_argument("--seed", type=int, default=42, help="of the held-out choice and of synthetic images")
-    render.add_argument("--workers", type=int, default=1, metavar="N", help="processes; no influence on the result")
-    render.add_argument("--max-bad", type=int, default=0, metavar="N", help="unreadable images skipped before it stops")
+    render.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes; no influence on the result"
+    )
+    render.add_argument(
+        "--max-bad", type=int, default=0, metavar="N", help="unreadable images skipped before it stops"
+    )
     render.add_argument("--limit", type=int, metavar="N", help="samples of each split at most")
     render.add_argument("--dataset", help="name in the manifest")
     render.add_argument("--overwrite", action="store_true", help="replace another render in --out")
-    render.add_argument("--part", metavar="I/N", help="render the I-th of N parts only (1-based), no manifest yet")
+    render.add_argument(
+        "--part", metavar="I/N", help="render the I-th of N parts only (1-based), no manifest yet"
+    )
     render.add_argument("--image-column", help="of parquet files, if there are several")
     render.add_argument("--label-column", help="of parquet files, if there are several")
     render.add_argument("--download", action="store_true", help="fetch CIFAR-10 into --path first")
-    render.add_argument("--samples", metavar="train=N,test=N", help="of synthetic (default train=4000,test=1000)")
-    render.add_argument("--size", type=int, help="of synthetic images in pixels (default: the largest resolution)")
+    render.add_argument(
+        "--samples", metavar="train=N,test=N", help="of synthetic (default train=4000,test=1000)"
+    )
+    render.add_argument(
+        "--size", type=int, help="of synthetic images in pixels (default: the largest resolution)"
+    )
     render.set_defaults(call=_render)
 
     train = commands.add_parser("train", help="train a teacher or a student; the same command resumes")
@@ -68,16 +84,22 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--print-config", action="store_true", help="show the resolved configuration and stop")
     train.set_defaults(call=_train)
 
-    evaluate = commands.add_parser("evaluate", help="accuracy at each resolution, saliency agreement, pointing game")
+    evaluate = commands.add_parser(
+        "evaluate", help="accuracy at each resolution, saliency agreement, pointing game"
+    )
     evaluate.add_argument("run", type=Path, help="run folder or checkpoint folder")
-    evaluate.add_argument("--which", choices=["best", "last"], default="best", help="checkpoint of a run folder")
+    evaluate.add_argument(
+        "--which", choices=["best", "last"], default="best", help="checkpoint of a run folder"
+    )
     evaluate.add_argument("--split", choices=["train", "val", "test"], default="test")
     evaluate.add_argument("--resolutions", metavar="R,R,...", help="default: all rendered")
     evaluate.add_argument("--data", help="shards, if they are not where the run found them")
     evaluate.set_defaults(call=_evaluate)
 
     report = commands.add_parser("report", help="figures and one self-contained HTML page")
-    report.add_argument("runs", type=Path, nargs="+", metavar="run", help="one run folder, or several to compare")
+    report.add_argument(
+        "runs", type=Path, nargs="+", metavar="run", help="one run folder, or several to compare"
+    )
     report.add_argument("--out", type=Path, help="the page (default: report.html beside what it reports)")
     report.set_defaults(call=_report)
 
@@ -116,7 +138,9 @@ def _render(arguments: argparse.Namespace) -> int:
     if manifest is not None:
         splits = ", ".join(f"{count} {split}" for split, count in manifest.splits.items())
         sizes = ", ".join(map(str, manifest.resolutions))
-        print(f"{arguments.out}: {len(manifest.classes)} classes, {splits}, at {sizes} px; see {render.PREVIEW}")
+        print(
+            f"{arguments.out}: {len(manifest.classes)} classes, {splits}, at {sizes} px; see {render.PREVIEW}"
+        )
     return 0
 
 
@@ -138,7 +162,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     resolutions = list(_numbers(arguments.resolutions, "--resolutions")) if arguments.resolutions else None
     result = evaluate.evaluate(
-        arguments.run, which=arguments.which, split=arguments.split, resolutions=resolutions, data=arguments.data
+        arguments.run,
+        which=arguments.which,
+        split=arguments.split,
+        resolutions=resolutions,
+        data=arguments.data,
     )
     evaluate.show(result)
     return 0

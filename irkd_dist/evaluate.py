@@ -84,7 +84,10 @@ def show(result: dict[str, Any]) -> None:
     for size, accuracy in result["accuracy"].items():
         row = [f"{size} px", f"{accuracy:.2%}"]
         if result["agreement"]:
-            row += [f"{result['agreement'][size]['mse']:.4f}", f"{result['agreement'][size]['correlation']:.3f}"]
+            row += [
+                f"{result['agreement'][size]['mse']:.4f}",
+                f"{result['agreement'][size]['correlation']:.3f}",
+            ]
         if result["pointing"]:
             row.append(f"{result['pointing'][size]:.2%}")
         rows.append(row)
@@ -111,7 +114,8 @@ def _measure_maps(job: Job, loader: Loader, split: str, size: int, result: dict[
         opened = shards.open_split(folder, job.manifest, split, size, verify="size")
         with contextlib.closing(opened):
             hits = [
-                measure.pointing_hits(student.maps(b.images, b.labels), _masks(opened, b.ids)) for b in batches
+                measure.pointing_hits(student.maps(b.images, b.labels), _masks(opened, b.ids))
+                for b in batches
             ]
         result["pointing"][str(size)] = float(torch.cat(hits).float().mean())
 

@@ -92,9 +92,13 @@ def run(study: Study, overrides: list[str], out: Path | None, command: str) -> s
 
 def _train(path: str, name: str, seed: int | None, overrides: list[str]) -> None:
     print(f"== {name}{'' if seed is None else f', seed {seed}'}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "irkd_dist", *_arguments(path, seed, overrides)], check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "irkd_dist", *_arguments(path, seed, overrides)], check=False
+    )
     if done.returncode:
-        raise UserError(f"{' '.join(['irkd', *_arguments(path, seed, overrides)])} ended with {done.returncode}")
+        raise UserError(
+            f"{' '.join(['irkd', *_arguments(path, seed, overrides)])} ended with {done.returncode}"
+        )
 
 
 def _arguments(path: str, seed: int | None, overrides: list[str]) -> list[str]:
@@ -121,7 +125,9 @@ def _page(study: Study, teachers: list[Result], results: list[Result], command: 
     for name in study.experiments:
         own = [r.summary for r in results if r.experiment == name]
         if own:
-            columns = (_mean_std([100 * s[key] for s in own]) for key in ("test_accuracy", "test_accuracy_last"))
+            columns = (
+                _mean_std([100 * s[key] for s in own]) for key in ("test_accuracy", "test_accuracy_last")
+            )
             seconds = _mean_std([s["seconds"] for s in own], digits=0)
             lines.append(f"| {name} | {len(own)} | {' | '.join(columns)} | {seconds} |")
     for teacher in teachers:
@@ -140,11 +146,19 @@ def _page(study: Study, teachers: list[Result], results: list[Result], command: 
 
 def _mean_std(values: list[float], digits: int = 2) -> str:
     spread = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}" if len(values) > 1 else f"{values[0]:.{digits}f}"
+    return (
+        f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+        if len(values) > 1
+        else f"{values[0]:.{digits}f}"
+    )
 
 
 def _machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({_cpu()}, {os.cpu_count()} cores)"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU ({_cpu()}, {os.cpu_count()} cores)"
+    )
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     return (
         f"Machine: {device}, OMP_NUM_THREADS {threads}. irkd_dist {__version__}, torch {torch.__version__}, "
@@ -157,7 +171,9 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
 
 
 def _keys() -> str:

@@ -7,21 +7,30 @@ whole, and the same command goes on where it was stopped or replaces what was da
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import multiprocessing
+import os
+import re
 import shutil
+import signal
+import struct
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import webdataset as wds
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from irkd_dist import __version__
 from irkd_dist.data import shards
 from irkd_dist.data.sampler import order
 from irkd_dist.data.shards import Encoding, Manifest, Mode, Shard
@@ -61,6 +70,17 @@ class _Job:
 
 
 @dataclass(frozen=True)
+class _Work:
+    """What every job of a render shares; sent to each worker process once."""
+
+    source: Source
+    out: Path
+    options: Options
+    resolutions: tuple[int, ...]
+    plan: str
+
+
+@dataclass(frozen=True)
 class _Record:
     """What is left of a finished job: its files and the exact sums that mean and std are made of."""
 
@@ -93,44 +113,54 @@ def render(
         UserError: unreadable images over the limit, a folder with another render in it, no space left.
     """
     _check(options)
-    resolutions = (max(options.resolutions),) if options.mode == "crop" else tuple(sorted(set(options.resolutions)))
+    resolutions = (
+        (max(options.resolutions),) if options.mode == "crop" else tuple(sorted(set(options.resolutions)))
+    )
     jobs, counts = _jobs(source, options)
     plan = _plan_digest(source, options, resolutions)
     parts = out / shards.PARTS
     _claim(out, parts, plan, overwrite)
 
+    work = _Work(source, out, options, resolutions, plan)
     own = jobs if part is None else jobs[part[0] :: part[1]]
     done = {job.name: record for job in own if (record := _finished(out, parts, job, plan))}
     todo = [job for job in own if job.name not in done]
-    progress(len(done), len(own))
     bad = [name for record in done.values() for name in record.bad]
-    for record in _run(source, out, options, resolutions, plan, todo):
-        done[record.name] = record
-        bad += record.bad
-        if record.bad:
-            warn(f"unreadable: {'; '.join(record.bad)}")
-        if len(bad) > options.max_bad:
-            raise UserError(
-                f"{len(bad)} unreadable image{'s' if len(bad) > 1 else ''}, over the limit --max-bad {options.max_bad}: "
-                f"{'; '.join(bad[:5])}; mend or remove them, or raise the limit"
-            )
-        progress(len(done), len(own))
+    _check_bad(bad, options.max_bad)
+    progress(len(done), len(own))
+    with contextlib.closing(_run(work, todo)) as records:
+        for record in records:
+            done[record.name] = record
+            bad += record.bad
+            for name in record.bad:
+                warn(f"unreadable, left out: {name}")
+            _check_bad(bad, options.max_bad)
+            progress(len(done), len(own))
     if part is not None:
         return None
     if any(record.upscaled for record in done.values()):
         warn(f"some images are smaller than {max(resolutions)} px and were enlarged")
-    manifest = _manifest(source, options, resolutions, jobs, counts, done)
-    (out / PREVIEW).unlink(missing_ok=True)
-    shards.write_manifest(out, manifest)
+    manifest = _manifest(work, jobs, counts, done)
     _preview(out, manifest)
+    shards.write_manifest(out, manifest)
     return manifest
+
+
+def _check_bad(bad: list[str], limit: int) -> None:
+    if len(bad) > limit:
+        raise UserError(
+            f"{len(bad)} unreadable image{'s' if len(bad) > 1 else ''}, over the limit --max-bad {limit}: "
+            f"{'; '.join(bad[:5])}; mend or remove them, or raise the limit"
+        )
 
 
 def _check(options: Options) -> None:
     if not options.resolutions or min(options.resolutions) < 1:
         raise UserError(f"--resolutions {options.resolutions}: give sizes in pixels, e.g. 12,16,20,24,28,32")
     if not 0 <= options.val_fraction < 1:
-        raise UserError(f"--val-fraction {options.val_fraction} is not a part of the training images; use 0 to 0.5")
+        raise UserError(
+            f"--val-fraction {options.val_fraction} is not a part of the training images; use 0 to 0.5"
+        )
     for name in ("samples_per_shard", "workers"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
@@ -167,28 +197,40 @@ def _plan_digest(source: Source, options: Options, resolutions: tuple[int, ...])
 
 
 def _semantic(options: Options) -> dict[str, Any]:
-    return {k: v for k, v in asdict(options).items() if k not in ("workers", "max_bad", "dataset", "resolutions")}
+    return {
+        k: v for k, v in asdict(options).items() if k not in ("workers", "max_bad", "dataset", "resolutions")
+    }
 
 
 def _claim(out: Path, parts: Path, plan: str, overwrite: bool) -> None:
-    """Make the folder ours, unless another render is in it."""
+    """Make the folder ours, unless another render is in it. Only what a render wrote is ever removed."""
+    marker = parts / "plan"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        marker = parts / "plan"
         before = marker.read_text() if marker.exists() else None
-        foreign = before != plan if before is not None else (out / shards.MANIFEST).exists()
-        if foreign and not overwrite:
-            raise UserError(
-                f"--out {out} holds shards of another source or other options; give another folder, or --overwrite"
-            )
-        if foreign or not parts.exists():
-            for old in [*out.glob("r[0-9]*"), parts]:
-                shutil.rmtree(old, ignore_errors=True)
-            (out / shards.MANIFEST).unlink(missing_ok=True)
-            parts.mkdir(exist_ok=True)
-            marker.write_text(plan)
+        if before == plan:
+            return
+        if before is not None or (out / shards.MANIFEST).exists():
+            if not overwrite:
+                raise UserError(
+                    f"--out {out} holds shards of another source or other options; "
+                    "give another folder, or --overwrite"
+                )
+            (out / shards.MANIFEST).unlink(missing_ok=True)  # first: what is left is not whole any more
+            _remove_shards(out)
+            shutil.rmtree(parts, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"cannot write to --out {out}: {error}") from error
+        raise UserError(f"cannot write to --out {out}: {error.strerror}") from error
+    with shards.atomic(marker) as file:
+        file.write(plan.encode())
+
+
+def _remove_shards(out: Path) -> None:
+    for folder in out.iterdir():
+        if re.fullmatch(r"r\d+", folder.name):
+            for file in folder.glob("*-[0-9][0-9][0-9][0-9][0-9][0-9].tar*"):
+                file.unlink()
+            with contextlib.suppress(OSError):  # something of the user's is in it
+                folder.rmdir()
 
 
 def _finished(out: Path, parts: Path, job: _Job, plan: str) -> _Record | None:
@@ -202,83 +244,136 @@ def _finished(out: Path, parts: Path, job: _Job, plan: str) -> _Record | None:
     return record if record.plan == plan and whole else None
 
 
-def _run(
-    source: Source, out: Path, options: Options, resolutions: tuple[int, ...], plan: str, jobs: list[_Job]
-) -> Iterator[_Record]:
-    arguments = [(source, out, options, resolutions, plan, job) for job in jobs]
-    if options.workers == 1 or len(jobs) < 2:
-        yield from map(_render_shard, arguments)
+def _run(work: _Work, jobs: list[_Job]) -> Iterator[_Record]:
+    workers = min(work.options.workers, len(jobs))
+    if workers < 2:
+        yield from (_render_shard(work, job) for job in jobs)
         return
-    with ProcessPoolExecutor(min(options.workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(work,)) as pool:
         try:
-            yield from pool.map(_render_shard, arguments)
+            yield from pool.map(_render_shard_of_worker, jobs)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a render process died (killed, or out of memory?); "
+                "the same command goes on from here, with fewer --workers if memory is short"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _render_shard(arguments: tuple[Source, Path, Options, tuple[int, ...], str, _Job]) -> _Record:
+_work: _Work | None = None  # in a worker process, set once by _start_worker
+
+
+def _start_worker(work: _Work) -> None:
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us; no traceback of our own
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A parent that was killed tells nobody, and its workers would wait for the next job for ever.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _render_shard_of_worker(job: _Job) -> _Record:
+    assert _work is not None
+    return _render_shard(_work, job)
+
+
+def _render_shard(work: _Work, job: _Job) -> _Record:
     """Decode a shard's images once and write them at every resolution; returns and leaves the record."""
-    source, out, options, resolutions, plan, job = arguments
-    files = {r: io.BytesIO() for r in resolutions}
-    writers = {
-        r: wds.TarWriter(f, encoder=False, mtime=0, user="irkd", group="irkd", compress=False)  # type: ignore[arg-type]
-        for r, f in files.items()
-    }
-    sums, squares, bad, written, upscaled = np.zeros(3, np.uint64), np.zeros(3, np.uint64), [], 0, False
-    for offset, raw in enumerate(source.read(job.source_split, job.indices)):
-        try:
-            image, mask = _load(raw)
-        except _UNREADABLE as error:
-            bad.append(f"{raw.name} ({error})")
-            continue
-        upscaled |= min(image.size) < max(resolutions)
-        for r, writer in writers.items():
-            pixels = np.asarray(_fit(image, r))
-            sample = {
-                "__key__": f"{job.first + offset:09d}",
-                options.encoding: _encode(pixels, options.encoding),
-                "cls": str(job.labels[offset]).encode(),
-            }
-            if mask is not None:
-                small = np.asarray(_fit(mask, r))
-                sample["mask.png"] = _encode(np.where(small >= 128, 255, 0).astype(np.uint8), "png")
-            writer.write(sample)
-            if r == resolutions[-1] and job.split == "train":
-                flat = pixels.reshape(-1, 3).astype(np.uint64)
-                sums += flat.sum(0)
-                squares += (flat * flat).sum(0)
-        written += 1
-    result: dict[str, Shard] = {}
-    for r, writer in writers.items():
-        writer.close()
-        data = files[r].getvalue()
-        folder = out / f"r{r}"
-        folder.mkdir(exist_ok=True)
-        with shards.atomic(folder / job.name) as file:
-            file.write(data)
-        result[f"r{r}"] = Shard(job.name, written, len(data), hashlib.sha256(data).hexdigest())
-    pixels_count = written * resolutions[-1] ** 2 if job.split == "train" else 0
-    record = _Record(plan, job.name, result, pixels_count, sums.tolist(), squares.tolist(), bad, upscaled)
-    with shards.atomic(out / shards.PARTS / f"{job.name}.json") as file:
+    files = {r: io.BytesIO() for r in work.resolutions}
+    sums, squares = np.zeros(3, np.uint64), np.zeros(3, np.uint64)
+    bad, written, upscaled = [], 0, False
+    with contextlib.ExitStack() as stack:
+        writers = {r: stack.enter_context(_writer(file)) for r, file in files.items()}
+        for offset, raw in enumerate(work.source.read(job.source_split, job.indices)):
+            try:
+                image, mask = _load(raw)
+            except _UNREADABLE as error:
+                bad.append(f"{raw.name} ({_reason(error)})")
+                _check_bad(bad, work.options.max_bad)
+                continue
+            upscaled |= min(image.size) < work.resolutions[-1]
+            written += 1
+            for r, writer in writers.items():
+                pixels = np.asarray(_fit(image, r))
+                key = f"{job.first + offset:09d}"
+                writer.write(_sample(key, pixels, job.labels[offset], mask, work.options.encoding))
+                if r == work.resolutions[-1] and job.split == "train":
+                    flat = pixels.reshape(-1, 3).astype(np.uint64)
+                    sums += flat.sum(0)
+                    squares += (flat * flat).sum(0)
+    result = {f"r{r}": _save(work.out / f"r{r}", job.name, file, written) for r, file in files.items()}
+    count = written * work.resolutions[-1] ** 2 if job.split == "train" else 0
+    record = _Record(work.plan, job.name, result, count, sums.tolist(), squares.tolist(), bad, upscaled)
+    with shards.atomic(work.out / shards.PARTS / f"{job.name}.json") as file:
         file.write(json.dumps(asdict(record)).encode())
     return record
 
 
-_UNREADABLE = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+def _writer(file: io.BytesIO) -> wds.TarWriter:  # type: ignore[name-defined]
+    # time, user and group fixed: everything else in the headers follows from the samples
+    return wds.TarWriter(file, encoder=False, mtime=0, user="irkd", group="irkd", compress=False)  # type: ignore[arg-type]
+
+
+def _sample(
+    key: str, pixels: np.ndarray, label: int, mask: Image.Image | None, encoding: Encoding
+) -> dict[str, str | bytes]:
+    sample: dict[str, str | bytes] = {
+        "__key__": key,
+        encoding: _encode(pixels, encoding),
+        "cls": str(label).encode(),
+    }
+    if mask is not None:
+        small = np.asarray(_fit(mask, pixels.shape[0]))
+        sample["mask.png"] = _encode(np.where(small >= 128, 255, 0).astype(np.uint8), "png")
+    return sample
+
+
+def _save(folder: Path, name: str, data: io.BytesIO, samples: int) -> Shard:
+    with shards.atomic(folder / name) as file:
+        file.write(data.getbuffer())
+    return Shard(name, samples, data.getbuffer().nbytes, hashlib.sha256(data.getbuffer()).hexdigest())
+
+
+# what Pillow raises for damaged files, by the experience of its own fuzzing
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its text holds a memory address
+        return "not an image, or of an unknown format"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
 def _load(raw: Raw) -> tuple[Image.Image, Image.Image | None]:
     """Decode to 8-bit RGB, whatever the file's mode; orientation tags are applied."""
     if isinstance(raw.image, np.ndarray):
         image = Image.fromarray(raw.image)
+    elif isinstance(raw.image, bytes) and raw.image.startswith(b"\x93NUMPY"):
+        image = Image.fromarray(np.load(io.BytesIO(raw.image), allow_pickle=False))
     else:
         image = Image.open(io.BytesIO(raw.image) if isinstance(raw.image, bytes) else raw.image)
         image.load()
         image = ImageOps.exif_transpose(image)
-    mask = raw.mask
-    if mask is None:
+    if raw.mask is None:
         return _rgb(image), None
-    return _rgb(image), Image.fromarray(mask) if isinstance(mask, np.ndarray) else Image.open(io.BytesIO(mask)).convert("L")
+    if isinstance(raw.mask, np.ndarray):
+        return _rgb(image), Image.fromarray(raw.mask)
+    return _rgb(image), Image.open(io.BytesIO(raw.mask)).convert("L")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -312,14 +407,8 @@ def _encode(pixels: np.ndarray, encoding: Encoding) -> bytes:
     return buffer.getvalue()
 
 
-def _manifest(
-    source: Source,
-    options: Options,
-    resolutions: tuple[int, ...],
-    jobs: list[_Job],
-    counts: dict[str, int],
-    done: dict[str, _Record],
-) -> Manifest:
+def _manifest(work: _Work, jobs: list[_Job], counts: dict[str, int], done: dict[str, _Record]) -> Manifest:
+    source, options, resolutions = work.source, work.options, work.resolutions
     records = [done[job.name] for job in jobs]
     pixels = sum(r.pixels for r in records)
     if not pixels:
@@ -343,12 +432,18 @@ def _manifest(
         mode=options.mode,
         encoding=options.encoding,
         masks=source.masks,
-        val_fraction=options.val_fraction,
+        val_fraction=0.0 if "val" in source.labels else options.val_fraction,
         seed=options.seed,
         resolutions=resolutions,
         splits=written,
         shards=listing,
-        render={**_semantic(options), "filter": FILTER.name.lower(), "source": source.fingerprint},
+        render={
+            **_semantic(options),
+            "filter": FILTER.name.lower(),
+            "source": source.fingerprint,
+            "unreadable": [name for record in records for name in record.bad],
+            "versions": {"irkd_dist": __version__, "pillow": PIL.__version__},  # the bytes depend on them
+        },
     )
 
 
@@ -360,6 +455,7 @@ def _preview(out: Path, manifest: Manifest, count: int = 8) -> None:
     figure = Figure(figsize=(1.1 * count + 0.8, 1.15 * len(manifest.resolutions) + 0.4), dpi=130)
     axes = figure.subplots(len(manifest.resolutions), count, squeeze=False)
     for row, resolution in zip(axes, manifest.resolutions, strict=True):
+        first = resolution == manifest.resolutions[0]
         opened = shards.open_split(out, manifest, split, resolution, verify="size")
         picked = _one_of_each_class(opened.labels, count)
         for column, axis in enumerate(row):
@@ -368,12 +464,17 @@ def _preview(out: Path, manifest: Manifest, count: int = 8) -> None:
                 i = picked[column]
                 pixels = shards.decode(opened.image(i), manifest.encoding)
                 axis.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
-                if row is axes[0]:
+                if first:
                     axis.set_title(manifest.classes[opened.labels[i]][:12], fontsize=8)
-        row[0].text(-0.12, 0.5, f"{resolution} px", transform=row[0].transAxes, ha="right", va="center", fontsize=9)
+        row[0].text(
+            -0.12, 0.5, f"{resolution} px", transform=row[0].transAxes, ha="right", va="center", fontsize=9
+        )
         opened.close()
     figure.subplots_adjust(left=0.09, right=0.99, top=0.92, bottom=0.01, wspace=0.06, hspace=0.06)
-    figure.savefig(out / PREVIEW, metadata={"Software": None})
+    image = io.BytesIO()
+    figure.savefig(image, format="png", metadata={"Software": None})
+    with shards.atomic(out / PREVIEW) as file:
+        file.write(image.getbuffer())
 
 
 def _one_of_each_class(labels: np.ndarray, count: int) -> list[int]:

@@ -19,7 +19,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
 
 import numpy as np
 
@@ -41,7 +41,7 @@ _SPLITS = {
     "testing": "test",
 }
 _ORDER = ("train", "val", "test")
-_IMAGES = frozenset(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm .pbm".split())
+_IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 
 
 @dataclass(frozen=True)
@@ -367,8 +367,8 @@ def _cifar_batch(path: Path, name: str) -> dict[str, Any]:
     data = _cifar_files(path).get(name)
     if data is None:
         raise UserError(
-            f"{path} has no {name}: --path should be cifar-10-python.tar.gz, its unpacked cifar-10-batches-py, "
-            "or the folder that holds either"
+            f"{path} has no {name}: --path should be cifar-10-python.tar.gz, "
+            "its unpacked cifar-10-batches-py, or the folder that holds either"
         )
     try:
         batch = _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
@@ -557,7 +557,7 @@ def _read_folder(
 
 @dataclass(frozen=True)
 class _Tars:
-    """Where the samples of one split lie: file number and (offset, bytes) of image and mask; bytes -1: none."""
+    """Where the samples of one split lie: file number, (offset, bytes) of image and mask; bytes -1: none."""
 
     files: tuple[Path, ...]
     keys: tuple[str, ...]
@@ -615,8 +615,8 @@ def _wds_samples(file: Path) -> Iterator[tuple[str, int, _Place, _Place]]:
                 role = _wds_role(kind.lower()) if member.isreg() else None
                 if role is None or role in sample:
                     raise UserError(
-                        f"{file}: member {member.name!r} {'comes twice' if role else 'is refused'}; only an image "
-                        f"({', '.join(sorted(_IMAGES))}, .npy), .cls and .mask.png of each sample are read"
+                        f"{file}: member {member.name!r} {'comes twice' if role else 'is refused'}; only one "
+                        f"image ({', '.join(sorted(_IMAGES))}, .npy), .cls and .mask.png a sample are read"
                     )
                 data = tar.extractfile(member)
                 assert data is not None
@@ -636,25 +636,23 @@ def _wds_role(kind: str) -> str | None:
 
 
 def _read_wds(tars: dict[str, _Tars], split: str, indices: Sequence[int]) -> Iterator[Raw]:
-    part, opened, stream = tars[split], -1, None
-    try:
-        for i in indices:
-            number = int(part.file[i])
-            if number != opened:
-                if stream is not None:
-                    stream.close()
-                try:
-                    stream, opened = open(part.files[number], "rb"), number
-                except OSError as error:
-                    raise UserError(f"cannot read {part.files[number]}: {error.strerror}") from error
-            assert stream is not None
-            data = os.pread(stream.fileno(), int(part.image[i, 1]), int(part.image[i, 0]))
-            mask = part.mask[i]
-            mask_data = os.pread(stream.fileno(), int(mask[1]), int(mask[0])) if mask[1] >= 0 else None
-            yield Raw(f"{part.files[number].name} {part.keys[i]}", data, mask_data)
-    finally:
-        if stream is not None:
-            stream.close()
+    part, wanted = tars[split], np.asarray(indices, dtype=np.int64)
+    for number, path in enumerate(part.files):
+        here = wanted[part.file[wanted] == number]
+        if not here.size:
+            continue
+        try:
+            with open(path, "rb") as file:
+                for i in here:
+                    image = _read_at(file, part.image[i])
+                    mask = _read_at(file, part.mask[i]) if part.mask[i, 1] >= 0 else None
+                    yield Raw(f"{path.name} {part.keys[i]}", image, mask)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_at(file: BinaryIO, place: np.ndarray) -> bytes:
+    return os.pread(file.fileno(), int(place[1]), int(place[0]))
 
 
 # --- images that the package draws itself -----------------------------------------------------------------

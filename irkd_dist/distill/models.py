@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import timm
 import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from irkd_dist.distill import saliency
@@ -130,7 +132,7 @@ class Tap:
     """One place in a model whose output gives a saliency map."""
 
     path: str  # module whose output is read, as in model.get_submodule(path)
-    void: bool = False  # the score does not depend on its patch tokens: the map is exactly zero
+    void: bool = False  # its map is zero or constant whatever the image: see `_is_void`
 
 
 def tap_pairs(
@@ -176,11 +178,9 @@ def resolve_tap(
     """Resolve one tap name to a module path.
 
     Names: a block number, `first`, `second`, `last`, a block's `norm1` as `"3.norm1"`, `norm` (the final norm), or
-    any module path. With a class-token or distillation head the patch tokens after the last block have no
-    influence on the logits, so `last` is that block's `norm1` output for gradient methods; `strict_paper` keeps
-    the block's output.
+    any module path. Where the last block's output is void (under every gradient method with a class-token or
+    distillation head, see `_is_void`), `last` is that block's `norm1` output; `strict_paper` keeps the block's output.
     """
-    token_head = reads_only_prefix_tokens(model)
     text = str(name)
     if text in ("first", "second", "last") or re.fullmatch(r"\d+(\.norm1)?", text):
         depth = _depth(model, name, role)
@@ -192,13 +192,12 @@ def resolve_tap(
             raise UserError(f"saliency.taps: {name!r}: the {role} has blocks 0 to {depth - 1}")
         if method == "attention":
             path = f"blocks.{block}.attn.qkv"
-        elif point or (text == "last" and token_head and not strict_paper):
+        elif point or (text == "last" and not strict_paper and _is_void(model, f"blocks.{block}", method)):
             path = f"blocks.{block}.norm1"
         else:
             path = f"blocks.{block}"
-        void = path == f"blocks.{depth - 1}" and token_head
     else:
-        path, void = text, text == "norm" and token_head
+        path = text
     try:
         module = model.get_submodule(path)
     except AttributeError:
@@ -206,10 +205,10 @@ def resolve_tap(
         raise UserError(f"saliency.taps: the {role} has no module {path!r}; it has {names}") from None
     if method == "attention":
         _check_attention(model, path, role)
-    elif getattr(model, "output_fmt", "NCHW") == "NHWC":
+    elif "NHWC" in (getattr(model, "output_fmt", None), getattr(module, "output_fmt", None)):
         kind = f"{type(model).__name__}.{type(module).__name__}"
         raise UserError(f"saliency.taps: {role} {kind}: features in NHWC layout are not supported")
-    return Tap(path, void)
+    return Tap(path, void=method != "attention" and _is_void(model, path, method))
 
 
 def _depth(model: nn.Module, name: object, role: str) -> int:
@@ -228,6 +227,27 @@ def reads_only_prefix_tokens(model: nn.Module) -> bool:
     return getattr(model, "num_prefix_tokens", 0) > 0 and getattr(model, "global_pool", "") == "token"
 
 
+def _is_void(model: nn.Module, path: str, method: Method) -> bool:
+    """Whether a ViT's head and the method leave a tap without a map, whatever the image.
+
+    Zero: what comes after the last attention, where the head reads the prefix tokens alone.
+    Zero but for rounding: `hirescam` where patch tokens are read through a norm alone, because a norm ignores its
+    input's length, so that the sum of G * A vanishes. Constant: `gradient` where the head reads the tokens' mean.
+    """
+    blocks: Any = getattr(model, "blocks", ())
+    last, before = f"blocks.{len(blocks) - 1}", f"blocks.{len(blocks) - 2}"
+    final_norm = not isinstance(getattr(model, "norm", None), (nn.Identity, type(None)))
+    prenorm = len(blocks) > 0 and isinstance(blocks[-1], Block)
+    if reads_only_prefix_tokens(model):
+        inside = path.removeprefix(last).removeprefix(".")
+        after = path.startswith(last) and not re.match(r"norm1|attn\.(?!proj)", inside)
+        return path == "norm" or after or (method == "hirescam" and prenorm and path == before)
+    if method == "hirescam":
+        return prenorm and final_norm and path == last
+    pooled = getattr(model, "global_pool", "") == "avg" and hasattr(model, "fc_norm")
+    return method == "gradient" and pooled and (path == "norm" or (path == last and not final_norm))
+
+
 def _check_attention(model: nn.Module, path: str, role: str) -> None:
     if not getattr(model, "num_prefix_tokens", 0) or getattr(model, "cls_token", None) is None:
         raise UserError(
@@ -235,7 +255,8 @@ def _check_attention(model: nn.Module, path: str, role: str) -> None:
             f"({type(model).__name__}) has no class token; use gradient, grad_cam or hirescam"
         )
     attention = model.get_submodule(path.removesuffix(".qkv"))
-    if not path.endswith(".qkv") or not hasattr(attention, "num_heads") or hasattr(attention, "rope"):
+    # others (BEiT, EVA) add positions inside the attention, and do not call their qkv
+    if not path.endswith(".qkv") or not isinstance(attention, Attention):
         raise UserError(
             f"saliency.method=attention: {path!r} of the {role} is no attention layer with a joint qkv"
         )

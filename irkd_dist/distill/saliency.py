@@ -2,7 +2,7 @@
 
 A map M_l (B, N) is computed from a tap's features A_l, patch tokens only, and the gradient G_l = ds/dA_l of the score
 s = sum over the batch of z_y. Everything but `feature_gradients` is a pure function of tensors, alike for student
-and teacher; maps, normalisation and softmax are in fp32 whatever the model computes in.
+and teacher; maps, normalisation and softmax are in fp32 (fp64 for a model in fp64) whatever autocast computes in.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from irkd_dist.distill.losses import at_least_fp32
+
 EPSILON = 1e-8
 FLAT = 1e-6  # a map whose range is below this part of its largest value has no shape to align
 
@@ -22,7 +24,7 @@ def class_score(logits: Tensor, target: Tensor) -> Tensor:
 
     logits (B, K); target (B,) class numbers or (B, K) probabilities. Returns a scalar in fp32.
     """
-    logits = logits.float()
+    logits = at_least_fp32(logits)
     if target.ndim == 1:
         return logits.gather(1, target[:, None]).sum()
     return (logits * target).sum()
@@ -70,18 +72,18 @@ def patch_tokens(features: Tensor, prefix_tokens: int) -> Tensor:
 
 def gradient_map(features: Tensor, gradient: Tensor) -> Tensor:
     """max over D of |G| (Simonyan et al. 2014; the paper's text). (B, N, D) twice -> (B, N)."""
-    return gradient.float().abs().amax(dim=2).expand(features.shape[:2])
+    return at_least_fp32(gradient).abs().amax(dim=2).expand(features.shape[:2])
 
 
 def grad_cam_map(features: Tensor, gradient: Tensor) -> Tensor:
     """ReLU of sum over D of mean_n(G) * A (Selvaraju et al. 2017; Del Amor et al. 2024). (B, N, D) -> (B, N)."""
-    weights = gradient.float().mean(dim=1, keepdim=True)
-    return (weights * features.float()).sum(dim=2).relu()
+    weights = at_least_fp32(gradient).mean(dim=1, keepdim=True)
+    return (weights * at_least_fp32(features)).sum(dim=2).relu()
 
 
 def hirescam_map(features: Tensor, gradient: Tensor) -> Tensor:
     """ReLU of sum over D of G * A (Draelos and Carin 2020). (B, N, D) twice -> (B, N)."""
-    return (gradient.float() * features.float()).sum(dim=2).relu()
+    return (at_least_fp32(gradient) * at_least_fp32(features)).sum(dim=2).relu()
 
 
 def attention_map(query: Tensor, keys: Tensor, scale: float, prefix_tokens: int) -> Tensor:
@@ -89,7 +91,8 @@ def attention_map(query: Tensor, keys: Tensor, scale: float, prefix_tokens: int)
 
     query (B, H, d) of the class token, keys (B, H, T, d). Returns (B, N). First-order: no inner gradient.
     """
-    logits = (keys.float() @ query.float()[..., None]).squeeze(-1) * scale
+    with torch.autocast(keys.device.type, enabled=False):  # it would take the product back to bf16
+        logits = (at_least_fp32(keys) @ at_least_fp32(query)[..., None]).squeeze(-1) * scale
     return logits.softmax(dim=-1)[:, :, prefix_tokens:].mean(dim=1)
 
 
@@ -148,8 +151,8 @@ def saliency_loss(student: list[Tensor], teacher: list[Tensor], kind: str) -> tu
     total = student[0].new_zeros(student[0].shape[0])
     flat = torch.zeros((), device=total.device)
     for ours, theirs in zip(student, teacher, strict=True):
-        ours, shaped = normalize_map(ours.float(), kind)
-        theirs, teacher_shaped = normalize_map(theirs.detach().float(), kind)
+        ours, shaped = normalize_map(at_least_fp32(ours), kind)
+        theirs, teacher_shaped = normalize_map(at_least_fp32(theirs.detach()), kind)
         error = (ours - theirs).square()
         error = error.mean(dim=1) if kind == "minmax" else error.sum(dim=1)
         both = shaped & teacher_shaped

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from irkd_dist.distill import models
+from irkd_dist.distill import losses, models
 from irkd_dist.distill.module import Targets
 
 
@@ -47,7 +47,7 @@ class Teacher:
             if logits and aligned < len(images):
                 with torch.no_grad():
                     outputs.append(models.inference_logits(self.model(images[aligned:])))
-        return Targets(torch.cat(outputs).float() if logits else None, maps)
+        return Targets(losses.at_least_fp32(torch.cat(outputs)) if logits else None, maps)
 
     def load(self, weights: dict[str, Tensor], where: str) -> None:
         """Put another checkpoint's weights into the same network (a stage's teacher)."""
@@ -64,7 +64,8 @@ def freeze(model: nn.Module, autocast: torch.dtype | None, inner_gradient: bool)
     model.eval().requires_grad_(False)
     if autocast is not None:
         for module in model.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
+            # not their subclasses: weight standardisation computes with fp32 weights first
+            if type(module) in (nn.Linear, nn.Conv2d):
                 module.to(autocast)
     if inner_gradient and next(model.parameters()).device.type == "cpu":
         models.without_fused_attention(model)

@@ -60,7 +60,7 @@ def setup(precision: Literal["auto", "bf16", "fp32"] = "auto") -> Engine:
         )
     announced = int(os.environ.get("WORLD_SIZE", "1"))
     # without the backend's name accelerate may leave each CPU process believing that it is alone
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if announced > 1 and not cuda else []
+    handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if announced > 1 and not cuda else []
     accelerator = Accelerator(mixed_precision="no", cpu=not cuda, kwargs_handlers=handlers)
     if announced != accelerator.num_processes:
         raise UserError(f"WORLD_SIZE={announced}, but only {accelerator.num_processes} process joined")

@@ -43,7 +43,7 @@ def save(job: Job, loader: Loader, stage: int, epoch: int, resolution: int) -> N
         arrays["teacher"] = average(maps or [])
     folder = job.folder / FOLDER
     folder.mkdir(exist_ok=True)
-    np.savez_compressed(folder / f"stage-{stage:02d}-epoch-{epoch:03d}.npz", **arrays)
+    np.savez_compressed(folder / f"stage-{stage:02d}-epoch-{epoch:03d}.npz", allow_pickle=False, **arrays)
 
 
 def load(run: Path) -> list[tuple[int, int, dict[str, np.ndarray]]]:

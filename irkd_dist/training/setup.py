@@ -37,15 +37,15 @@ class Position:
     finished: bool = False
     stage_bests: list[str] = field(default_factory=list)  # best checkpoint of each ended stage
     sums: list[float] = field(default_factory=list)  # loss terms of the present epoch so far
-    seconds: float = 0.0  # of training, over all restarts
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> Position:
-        values = {key: state[key] for key in Position.__dataclass_fields__}
-        return Position(**values | {"curriculum": curriculum.State(**values["curriculum"])})
+        values: dict[str, Any] = {key: state[key] for key in Position.__dataclass_fields__}
+        values["curriculum"] = curriculum.State(**values["curriculum"])
+        return Position(**values)
 
 
 @dataclass
@@ -84,7 +84,8 @@ def build(config: Config, engine: Engine) -> Job:
     if patch is not None:
         configuration.check_resolutions(config, patch, "student")
 
-    notes, teacher, teacher_folders, taps = [], None, [None] * len(stages), []
+    notes: list[str] = []
+    teacher, teacher_folders = None, _no_folders(stages)
     saliency = config.loss.saliency
     if config.teacher is not None:
         network = runs.load_teacher(config, manifest)
@@ -324,7 +325,7 @@ def _teacher_folders(config: Config, stages: list[Stage], final: Path, notes: li
     spec = config.teacher
     assert spec is not None
     if spec.run is None:
-        folders: list[Path | None] = [None] * len(stages)
+        folders = _no_folders(stages)
     elif spec.schedule == "aligned":
         folders = list(_aligned(runs.run_of(Path(spec.run)), len(stages)))
     else:
@@ -336,6 +337,10 @@ def _teacher_folders(config: Config, stages: list[Stage], final: Path, notes: li
         named = (f"{s.resolution} px: {f}" for s, f in zip(stages, folders, strict=True))
         notes.append("teacher checkpoints by stage: " + ", ".join(named))
     return folders
+
+
+def _no_folders(stages: list[Stage]) -> list[Path | None]:
+    return [None] * len(stages)
 
 
 def _aligned(run: Path, count: int) -> list[Path]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -29,7 +29,7 @@ class Tracker:
     """
 
     def __init__(
-        self, run: Path, main: bool, backend: str, mode: str, project: str, name: str, config: dict[str, Any]
+        self, run: Path, main: bool, backend: str, mode: Literal["online", "offline"], project: str, name: str, config: dict[str, Any]
     ) -> None:
         self.main = main
         self.console = Console(quiet=not main, highlight=False, soft_wrap=True)
@@ -91,7 +91,12 @@ class Tracker:
 def count_bar(what: str) -> Iterator[tuple[Any, Any]]:
     """A bar for counted work: yields `progress(done, total)` and `say(text)`. Off a terminal, a line now and then."""
     console = Console(highlight=False, soft_wrap=True)
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
 
@@ -146,7 +151,7 @@ def _open_events(file: Path) -> Any:
     return handle
 
 
-def _wandb(run: Path, mode: str, project: str, name: str, config: dict[str, Any]) -> Any:
+def _wandb(run: Path, mode: Literal["online", "offline"], project: str, name: str, config: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:

@@ -86,18 +86,7 @@ def _train_epoch(
         lr = _learning_rate(job, position, loader.steps_per_epoch, stage_steps)
         optim.set_lr(job.optimizer, lr)
 
-        aligned = _aligned_samples(job, batch, gamma, position.step)
-        target = batch.labels if batch.targets is None else batch.targets
-        targets = _teacher_targets(job, batch, target, alpha, aligned)
-        terms = job.module(
-            batch.images,
-            target,
-            batch.weight,
-            targets,
-            alpha,
-            gamma if aligned else 0.0,
-            _saliency_scale(job, batch),
-        )
+        terms = forward(job, batch, alpha, gamma, position.step)
         distributed.backward(engine, terms["total"])
         distributed.clip(engine, job.module, config.optim.clip)
         job.optimizer.step()
@@ -160,10 +149,8 @@ def _end_epoch(
         setup.save(job, job.folder / best_name, replace(position, curriculum=state))
     position.curriculum = state
     if decision.action == "advance":
-        position.stage_bests = [
-            *position.stage_bests,
-            before.best_checkpoint if not decision.best else best_name,
-        ]  # type: ignore[list-item]
+        ended_best = best_name if decision.best else before.best_checkpoint
+        position.stage_bests = [*position.stage_bests, *([ended_best] if ended_best else [])]
         position.stage_step = 0
         following = job.stages[state.stage]
         tracker.event(
@@ -205,27 +192,22 @@ def _learning_rate(job: Job, position: Position, epoch_steps: int, stage_steps: 
     return job.config.optim.lr * factor
 
 
-def _aligned_samples(job: Job, batch: Batch, gamma: float, step: int) -> int:
-    """How many of this rank's first samples have their saliency aligned at this step (`every`, `fraction`)."""
+def forward(job: Job, batch: Batch, alpha: float, gamma: float, step: int) -> dict[str, Tensor]:
+    """Teacher and student on one rank's share of a batch; returns the loss terms of `Distiller.forward`.
+
+    Saliency is aligned on every `every`-th step, for the first `fraction` of the global batch's positions; a rank's
+    share ascends in position, so that these are its first samples.
+    """
     spec = job.config.loss.saliency
-    if not gamma or step % spec.every:
-        return 0
-    return int((batch.positions < _aligned_globally(job, batch)).sum())
-
-
-def _aligned_globally(job: Job, batch: Batch) -> int:
-    return math.ceil(job.config.loss.saliency.fraction * batch.size)
-
-
-def _saliency_scale(job: Job, batch: Batch) -> float:
-    return batch.size / _aligned_globally(job, batch)
-
-
-def _teacher_targets(job: Job, batch: Batch, target: Tensor, alpha: float, aligned: int) -> Targets:
-    if job.teacher is None:
-        return Targets()
-    images = batch.images if batch.full is None else batch.full
-    return job.teacher(images, target, aligned, logits=alpha > 0)
+    chosen = math.ceil(spec.fraction * batch.size) if gamma and step % spec.every == 0 else 0
+    aligned = int((batch.positions < chosen).sum()) if chosen else 0
+    target = batch.labels if batch.targets is None else batch.targets
+    targets = Targets()
+    if job.teacher is not None:
+        images = batch.images if batch.full is None else batch.full
+        targets = job.teacher(images, target, aligned, logits=alpha > 0)
+    scale = batch.size / chosen if chosen else 1.0
+    return job.module(batch.images, target, batch.weight, targets, alpha, gamma if aligned else 0.0, scale)
 
 
 def _stage_weights(job: Job, skill: list[float], stage: int) -> tuple[float, float]:

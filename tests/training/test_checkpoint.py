@@ -14,7 +14,9 @@ from irkd_dist.training import checkpoint
 
 def write(folder: Path, step: int) -> Path:
     path = folder / checkpoint.name(step)
-    checkpoint.save(path, {"w": torch.full((64,), float(step))}, {"exp_avg.w": torch.ones(64)}, {"step": step})
+    checkpoint.save(
+        path, {"w": torch.full((64,), float(step))}, {"exp_avg.w": torch.ones(64)}, {"step": step}
+    )
     return path
 
 
@@ -85,7 +87,10 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path) -> None:
         "except UserError as e: print('refused:', e)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], preexec_fn=limit_file_size, capture_output=True, text=True
+        [sys.executable, "-c", script, str(tmp_path)],
+        preexec_fn=limit_file_size,
+        capture_output=True,
+        text=True,
     )
     assert "refused: cannot write checkpoint" in done.stdout, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]

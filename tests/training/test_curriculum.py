@@ -30,7 +30,12 @@ def test_patience_counts_epochs_since_the_best_and_equal_is_not_better() -> None
 def test_next_stage_starts_from_the_best_checkpoint_when_asked() -> None:
     plan = Plan((3, 1), start_from="best")
     assert play(plan, [0.1, 0.3, 0.2, 0.5])[2] == (0, "advance", False, "best/1")
-    assert play(plan, [0.1, 0.2, 0.3, 0.5])[2] == (0, "advance", True, None)  # the last is the best: nothing to load
+    assert play(plan, [0.1, 0.2, 0.3, 0.5])[2] == (
+        0,
+        "advance",
+        True,
+        None,
+    )  # the last is the best: nothing to load
     assert play(Plan((3, 1)), [0.1, 0.3, 0.2, 0.5])[2][3] is None
 
 

@@ -30,7 +30,9 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> N
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def test_reset_gives_exactly_a_new_adamws_first_steps() -> None:
