@@ -27,6 +27,7 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -103,7 +104,7 @@ DARK = Theme(
     "#e8eaed", "#9aa4b0", "#2d333b", "#161b22", "#1c222a",
     ("#56b4e9", "#ff8f4a", "#2fc79a", "#e79ac8", "#f0c04a", "#8fb7ff", "#9aa4b0"),
 )  # fmt: skip
-STYLES = ("-", "--", ":")  # of lines whose colours repeat
+STYLES = {"solid": "-", "dashed": "--", "dotted": ":"}  # CSS and matplotlib, of lines whose colours repeat
 
 Drawing = Callable[[Figure, Theme], None]
 
@@ -141,7 +142,13 @@ def write(folders: list[Path], out: Path | None = None) -> Path:
         parent = os.path.commonpath([r.folder.resolve().parent for r in found])
         page = Path(parent) / PAGE if out is None else out
         context = _comparison_page(_distinct_names(found))
-    _write_text(page, _template().render(context))
+    common = {
+        "version": __version__,
+        "palettes": {"light": LIGHT, "dark": DARK},
+        "run": None,
+        "comparison": None,
+    }
+    _write_text(page, _template().render(common | context))
     return page
 
 
@@ -153,13 +160,12 @@ def read(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no run folder: there is no such folder")
-    config, events = runs.load_config(folder), read_events(folder)
+    config, events = runs.load_config(folder), _each_epoch_once(read_events(folder))
     notices = []
-    lines = (folder / EVENTS).read_text().splitlines()
-    cut = sum(not _is_json(line) for line in lines if line)
+    cut = sum(not _is_json(line) for line in (folder / EVENTS).read_text().splitlines())
     if cut:
         notices.append(
-            f"{cut} line{'s' * (cut > 1)} of {EVENTS} cut short (the run was stopped while writing) and left out."
+            f"{cut} line{'s' * (cut > 1)} of {EVENTS} cut short, as when a run is killed, and left out here."
         )
     state = _newest_state(folder)
     try:
@@ -168,17 +174,9 @@ def read(folder: Path) -> Run:
         snapshots = []
         notices.append(f"The saliency panels cannot be read: {error}")
     evaluation, problem = _read_evaluation(folder / RESULT)
-    return Run(
-        folder,
-        folder.resolve().name,
-        config,
-        events,
-        tuple(state.get("classes", ())) or _classes_of_shards(config),
-        state.get("package_version"),
-        snapshots,
-        evaluation,
-        [*notices, *problem],
-    )
+    classes = tuple(state.get("classes", ())) or _classes_of_shards(config)
+    name, version = folder.resolve().name, state.get("package_version")
+    return Run(folder, name, config, events, classes, version, snapshots, evaluation, [*notices, *problem])
 
 
 def _newest_state(folder: Path) -> dict[str, Any]:
@@ -209,18 +207,24 @@ def _read_evaluation(file: Path) -> tuple[Evaluation | None, list[str]]:
         for size in sorted({*accuracy, *agreement, *pointing}):
             maps = agreement.get(size) or {}
             row = (accuracy.get(size), maps.get("mse"), maps.get("correlation"), pointing.get(size))
-            rows.append((size, *(None if v is None else float(v) for v in row)))
+            rows.append((size, *(None if v is None or v != v else float(v) for v in row)))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        return None, [f"{file.name} is not what `irkd evaluate` writes and was left out: {error}"]
+        return None, [f"{file.name} is not what irkd evaluate writes and was left out: {error}"]
     return Evaluation(str(values.get("split", "test")), rows) if rows else None, []
 
 
 def _is_json(line: str) -> bool:
     try:
-        json.loads(line)
+        json.loads(line or "{}")
     except ValueError:
         return False
     return True
+
+
+def _each_epoch_once(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A run killed between an epoch's evaluation and its checkpoint evaluates again at the same step."""
+    newest = {e["epoch"]: e for e in events if e["event"] == "evaluation"}
+    return [e for e in events if e["event"] != "evaluation" or newest[e["epoch"]] is e]
 
 
 def _distinct_names(found: list[Run]) -> list[Run]:
@@ -236,9 +240,6 @@ def _run_page(run: Run) -> dict[str, Any]:
     folder = run.folder / FIGURES
     return {
         "title": run.name,
-        "version": __version__,
-        "palettes": _palettes(),
-        "comparison": None,
         "run": {
             **_text(run),
             "tiles": _tiles(run),
@@ -254,25 +255,21 @@ def _run_page(run: Run) -> dict[str, Any]:
 
 
 def _comparison_page(found: list[Run]) -> dict[str, Any]:
-    groups = list(dict.fromkeys(_group(r) for r in found))
-    keys = [(groups.index(_group(r)) % 7, groups.index(_group(r)) // 7 % 3) for r in found]
-    styles = ["solid", "dashed", "dotted"]
-    legend = [
-        (g, i % 7, styles[i // 7 % 3], sum(_group(r) == g for r in found)) for i, g in enumerate(groups)
-    ]
+    groups = [_group(r) for r in found]
+    names = list(dict.fromkeys(groups))
+    colors = len(LIGHT.cycle)
+    keys = [(i % colors, i // colors % len(STYLES)) for i in map(names.index, groups)]
+    swatch = {group: (color, list(STYLES)[style]) for group, (color, style) in zip(groups, keys, strict=True)}
     plans = _comparison_figures(found, keys)
     return {
         "title": f"{len(found)} runs compared",
-        "version": __version__,
-        "palettes": _palettes(),
         "comparison": {
             "table": _comparison_table(found),
-            "swatches": [(k, styles[s]) for k, s in keys],
-            "legend": legend,
+            "swatches": [swatch[g] for g in groups],
+            "legend": [(name, *swatch[name], groups.count(name)) for name in names],
             "pictures": {name: _picture(None, plan) for name, plan in plans.items()},
             "runs": [_text(r) for r in found],
         },
-        "run": None,
     }
 
 
@@ -293,16 +290,10 @@ def _group(run: Run) -> str:
     return re.sub(r"[-_]seed\d+", "", run.name)
 
 
-def _palettes() -> dict[str, Theme]:
-    return {"light": LIGHT, "dark": DARK}
-
-
 def _template() -> Any:
     text = resources.files("irkd_dist").joinpath(TEMPLATE).read_text("utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(text)
+    strict = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return strict.from_string(text)
 
 
 def _write_text(page: Path, text: str) -> None:
@@ -360,8 +351,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     config, start = run.config, run.last("resume") or run.last("start")
     first = run.last("start")
     facts = [
-        ("Terms", terms(config)),
-        ("Student" if config.teacher else "Network", _model(config.student, _is_distilled(config))),
+        (
+            "Student" if config.teacher else "Network",
+            _model(config.student, configuration.student_distilled(config)),
+        ),
         ("Teacher", _teacher(config)),
         ("Loss", _loss(config)),
         ("Saliency", _saliency(config)),
@@ -386,18 +379,14 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     return facts
 
 
-def _model(model: configuration.Model, distilled: bool) -> str:
+def _model(model: configuration.Model, distilled: object) -> str:
     parts = [model.name]
     parts += [f"patch {model.patch}"] if model.patch else []
-    parts += ["distillation token"] if distilled else []
+    parts += ["distillation token"] if distilled is True else []
     parts += [f"dropout {model.dropout:g}"] if model.dropout else []
     parts += [f"drop path {model.drop_path:g}"] if model.drop_path else []
     parts += ["pretrained"] if model.pretrained or model.weights else []
     return ", ".join(parts)
-
-
-def _is_distilled(config: Config) -> bool:
-    return configuration.student_distilled(config) is True
 
 
 def _teacher(config: Config) -> str:
@@ -432,21 +421,15 @@ def _saliency(config: Config) -> str:
 
 
 def _stages(config: Config) -> str:
-    stages = configuration.stages(config)
-    epochs = {s.epochs for s in stages}
-    sizes = " → ".join(str(s.resolution) for s in stages) + " px"
-    each = " each" * (len(stages) > 1)
-    if len(epochs) == 1:
-        sizes += f", {stages[0].epochs} epoch{'s' * (stages[0].epochs != 1)}{each}"
-    else:
-        sizes += f", {' + '.join(str(s.epochs) for s in stages)} epochs"
-    patience = (config.curriculum or config.fixed).patience  # type: ignore[union-attr]
-    sizes += f", patience {patience}" if patience else ""
-    return sizes + (", each from the best of the last" if _starts_from_best(config) else "")
-
-
-def _starts_from_best(config: Config) -> bool:
-    return config.curriculum is not None and config.curriculum.start_from == "best"
+    stages, spec = configuration.stages(config), config.curriculum or config.fixed
+    epochs = [str(s.epochs) for s in stages]
+    same = len(set(epochs)) == 1
+    text = " → ".join(str(s.resolution) for s in stages) + " px, "
+    text += (epochs[0] if same else " + ".join(epochs)) + f" epoch{'s' * (epochs != ['1'])}"
+    text += " each" if same and len(stages) > 1 else ""
+    text += f", patience {spec.patience}" if spec and spec.patience else ""
+    best = config.curriculum is not None and config.curriculum.start_from == "best"
+    return text + (", each from the best of the one before" if best and len(stages) > 1 else "")
 
 
 def _optimizer(config: Config) -> str:
@@ -472,6 +455,16 @@ def _augmentation(config: Config) -> str:
     return ", ".join(parts) or "none"
 
 
+def _best_of_last_stage(run: Run) -> dict[str, Any] | None:
+    """The evaluation whose weights the run is judged by, the earliest of equal ones."""
+    last = run.last("evaluation")
+    return max(run.evaluations(last["stage"]), key=lambda e: e["accuracy"]) if last else None
+
+
+def _accuracies(run: Run, stage: int) -> list[float]:
+    return [e["accuracy"] for e in run.evaluations(stage)]
+
+
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
     """(label, value, remark) of the numbers that matter most."""
     summary, epochs = run.last("summary") or {}, run.of("evaluation")
@@ -479,18 +472,17 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if "test_accuracy" in summary:
         remark = f"best checkpoint, {summary['resolution']} px; last {summary['test_accuracy_last']:.2%}"
         tiles.append(("Test accuracy", f"{summary['test_accuracy']:.2%}", remark))
-    if epochs:
-        best = max(run.evaluations(epochs[-1]["stage"]), key=lambda e: e["accuracy"])
+    best = _best_of_last_stage(run)
+    if best:
         label = "Best validation" if best["split"] != "test" else "Best on test"
         tiles.append((label, f"{best['accuracy']:.2%}", f"{best['resolution']} px, epoch {best['epoch']}"))
     teacher = run.last("teacher")
     if teacher:
         remark = f"held out, {teacher['resolutions'][-1]} px"
         tiles.append(("Teacher", f"{teacher['accuracy'][-1]:.2%}", remark))
-    seconds = sum(_seconds(run.events).values())
     if epochs:
         count = f"{len(epochs)} epoch{'s' * (len(epochs) > 1)}, {run.events[-1]['step']:,} steps"
-        tiles.append(("Time", _duration(seconds), count))
+        tiles.append(("Time", _duration(_total_seconds(run)), count))
     wait = _wait_share(run.of("train"))
     if wait is not None:
         tiles.append(("Waiting for data", f"{wait:.1%}", "of the time in training steps"))
@@ -499,7 +491,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 
 def _stage_table(run: Run) -> dict[str, Any]:
     """Header and rows of the summary by stage; stages not reached have empty cells."""
-    seconds, moved = _seconds(run.events), {e["stage"]: e["reason"] for e in run.of("transition")}
+    seconds, moved = _seconds(run), {e["stage"]: e["reason"] for e in run.of("transition")}
     rows = []
     for i, stage in enumerate(configuration.stages(run.config)):
         epochs, steps = run.evaluations(i), [e for e in run.of("train") if e["stage"] == i]
@@ -510,8 +502,6 @@ def _stage_table(run: Run) -> dict[str, Any]:
             "train": f"{epochs[-1]['train_accuracy']:.2%}" if epochs else "",
             "best val": f"{max(e['accuracy'] for e in epochs):.2%}" if epochs else "",
             "last val": f"{epochs[-1]['accuracy']:.2%}" if epochs else "",
-        }
-        values |= {
             "images/s": f"{statistics.median(e['images_per_s'] for e in steps):,.0f}" if steps else "",
             "data wait": "" if wait is None else f"{wait:.1%}",
             "time": _duration(seconds[i]) if i in seconds else "",
@@ -528,13 +518,18 @@ def _teacher_table(run: Run) -> dict[str, Any] | None:
     weights = {e["stage"]: (f"{e['alpha']:.3g}", f"{e['gamma']:.3g}") for e in run.of("stage")}
     rows = []
     for i, size in enumerate(teacher["resolutions"]):
-        best = max((e["accuracy"] for e in run.evaluations(i)), default=None)
+        best = max(_accuracies(run, i), default=None)
         gap = "" if best is None else f"{100 * (best - teacher['accuracy'][i]):+.2f}"
-        rows.append([f"{size} px", f"{teacher['accuracy'][i]:.2%}", gap, *weights.get(i, ("", ""))])
-    return {
-        "columns": ["resolution", "teacher", "student − teacher", "KD weight", "saliency weight"],
-        "rows": rows,
-    }
+        rows.append(
+            [
+                f"{size} px",
+                f"{teacher['accuracy'][i]:.2%}",
+                gap.replace("-", "\N{MINUS SIGN}"),
+                *weights.get(i, ("", "")),
+            ]
+        )
+    columns = ["resolution", "teacher", "student minus teacher", "KD weight", "saliency weight"]
+    return {"columns": columns, "rows": rows}
 
 
 def _end(run: Run, stage: int) -> str:
@@ -548,16 +543,33 @@ def _end(run: Run, stage: int) -> str:
     return f"{len(epochs)} epochs done" if len(epochs) == planned else "no better validation accuracy"
 
 
-def _seconds(events: list[dict[str, Any]]) -> dict[int, float]:
-    """Seconds spent in each stage, time between a stop and a resume left out; -1 is before the first stage."""
-    spent: dict[int, float] = {}
-    stage = -1
+def _elapsed(events: list[dict[str, Any]]) -> list[float]:
+    """Seconds of training up to each event; pauses before a resume and the final test are left out."""
+    steps = [0.0]
     for before, event in itertools.pairwise(events):
-        if before["event"] == "stage":
-            stage = before["stage"]
-        if event["event"] not in ("start", "resume"):
-            spent[stage] = spent.get(stage, 0.0) + max(event["time"] - before["time"], 0.0)
+        outside = event["event"] in ("start", "resume", "summary")
+        steps.append(0.0 if outside else max(event["time"] - before["time"], 0.0))
+    return list(itertools.accumulate(steps))
+
+
+def _seconds(run: Run) -> dict[int, float]:
+    """Seconds spent in each stage; -1 is before the first one."""
+    spent: dict[int, float] = {}
+    stage, entered = -1, 0.0
+    for event, now in zip(run.events, _elapsed(run.events), strict=False):
+        spent[stage] = spent.get(stage, 0.0) + now - entered
+        stage, entered = event["stage"] if event["event"] == "stage" else stage, now
     return spent
+
+
+def _timed_evaluations(run: Run) -> list[tuple[dict[str, Any], float]]:
+    timed = zip(run.events, _elapsed(run.events), strict=False)
+    return [(e, seconds) for e, seconds in timed if e["event"] == "evaluation"]
+
+
+def _total_seconds(run: Run) -> float:
+    summary = run.last("summary")
+    return summary["seconds"] if summary else _elapsed(run.events)[-1]
 
 
 def _wait_share(steps: list[dict[str, Any]]) -> float | None:
@@ -574,71 +586,57 @@ def _wait_share(steps: list[dict[str, Any]]) -> float | None:
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+    if seconds < 600:
+        return "{} min {:02d} s".format(*divmod(round(seconds), 60))
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
 def _evaluation_table(evaluation: Evaluation | None) -> dict[str, Any] | None:
     if evaluation is None:
         return None
-    formats = (
-        ("accuracy", "{:.2%}"),
-        ("map error (MSE)", "{:.4f}"),
-        ("map correlation", "{:.3f}"),
-        ("pointing", "{:.2%}"),
-    )
+    names = ["accuracy", "map error (MSE)", "map correlation", "pointing"]
+    forms = ["{:.2%}", "{:.4f}", "{:.3f}", "{:.2%}"]
     kept = [i for i in range(4) if any(row[i + 1] is not None for row in evaluation.rows)]
-    rows = []
-    for row in evaluation.rows:
-        values = [row[i + 1] for i in kept]
-        cells = ["" if v is None else formats[i][1].format(v) for i, v in zip(kept, values, strict=True)]
-        rows.append([f"{row[0]} px", *cells])
-    return {
-        "split": evaluation.split,
-        "columns": ["resolution", *(formats[i][0] for i in kept)],
-        "rows": rows,
-    }
+    rows = [
+        [f"{row[0]} px", *("" if row[i + 1] is None else forms[i].format(row[i + 1]) for i in kept)]
+        for row in evaluation.rows
+    ]
+    return {"split": evaluation.split, "columns": ["resolution", *(names[i] for i in kept)], "rows": rows}
 
 
 def _comparison_table(found: list[Run]) -> dict[str, Any]:
-    columns = ["run", "student", "terms", "stages", "epochs", "steps", "time", "best val", "test"]
     rows, scores = [], []
     for run in found:
-        summary, epochs, config = run.last("summary") or {}, run.of("evaluation"), run.config
-        best = (
-            max((e["accuracy"] for e in run.evaluations(epochs[-1]["stage"])), default=None)
-            if epochs
-            else None
-        )
-        test = summary.get("test_accuracy")
-        scores.append((best, test))
-        patch = f" / {config.student.patch}" if config.student.patch else ""
-        stages = [str(s.resolution) for s in configuration.stages(config)]
-        rows.append(
-            [
-                run.name,
-                config.student.name + patch,
-                terms(config),
-                " → ".join(stages) + " px",
-                str(len(epochs)),
-                f"{run.events[-1]['step']:,}" if run.events else "0",
-                _duration(sum(_seconds(run.events).values())),
-                "" if best is None else f"{best:.2%}",
-                f"{test:.2%}" if test is not None else "" if summary else "unfinished",
-            ]
-        )
-    tops = [max((s[i] for s in scores if s[i] is not None), default=None) for i in range(2)]
-    marked = [[s[i] is not None and s[i] == tops[i] for i in range(2)] for s in scores]
-    return {"columns": columns, "rows": rows, "tops": [[False] * 7 + m for m in marked]}
+        summary, config = run.last("summary") or {}, run.config
+        test, best = summary.get("test_accuracy"), _best_of_last_stage(run)
+        scores.append([test, best["accuracy"] if best else None])
+        stages = [s.resolution for s in configuration.stages(config)]
+        row = {
+            "run": run.name,
+            "test": f"{test:.2%}" if test is not None else "" if summary else "unfinished",
+            "best val": f"{best['accuracy']:.2%}" if best else "",
+            "terms": terms(config),
+            "student": config.student.name + (f" / {config.student.patch}" if config.student.patch else ""),
+            "resolution": f"{stages[0]} to {stages[-1]} px" if len(stages) > 1 else f"{stages[0]} px",
+            "stages": str(len(stages)),
+            "epochs": str(len(run.of("evaluation"))),
+            "steps": f"{run.events[-1]['step'] if run.events else 0:,}",
+            "time": _duration(_total_seconds(run)),
+        }
+        rows.append(row)
+    best = [max((s for s in column if s is not None), default=None) for column in zip(*scores, strict=True)]
+    marked = [[s is not None and s == top for s, top in zip(own, best, strict=True)] for own in scores]
+    tops = [[False, *marks, *[False] * 7] for marks in marked]
+    return {"columns": list(rows[0]), "rows": [list(r.values()) for r in rows], "tops": tops}
 
 
 # --- figures ---
 
 
-def _figures(run: Run) -> dict[str, Plan]:
-    """The figures for which a run has data, by name."""
-    plans = {
+def _figures(run: Run) -> dict[str, Plan | None]:
+    """The figures of a run by name; None where it has no data for one."""
+    return {
         "accuracy": _accuracy_plan(run),
         "resolutions": _resolutions_plan(run),
         "losses": _losses_plan(run),
@@ -647,96 +645,85 @@ def _figures(run: Run) -> dict[str, Plan]:
         "saliency": _saliency_plan(run),
         "evaluation": _evaluation_plan(run),
     }
-    return {name: plan for name, plan in plans.items() if plan is not None}
 
 
 def _accuracy_plan(run: Run) -> Plan | None:
     epochs, teacher, summary = run.of("evaluation"), run.last("teacher"), run.last("summary") or {}
     if not epochs:
         return None
-    spans = _epoch_spans(run)
-    best = max(run.evaluations(epochs[-1]["stage"]), key=lambda e: e["accuracy"])
+    spans, best = _epoch_spans(run), _best_of_last_stage(run) or epochs[-1]
+    held = "validation" if epochs[-1]["split"] != "test" else "test, in place of validation"
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
         _bands(axes, theme, spans)
-        held = "validation" if epochs[-1]["split"] != "test" else "test (used for validation)"
-        if teacher and len(teacher["accuracy"]) >= len(spans):
-            for i, (a, b, _) in enumerate(spans):
-                level = [100 * teacher["accuracy"][i]] * 2
-                label = "teacher at that resolution" if i == 0 else None
-                axes.plot([a, b], level, ":", color=theme.cycle[2], lw=1.4, label=label)
-        for i in range(len(configuration.stages(run.config))):
-            own = run.evaluations(i)
-            if own:
-                x = [e["epoch"] for e in own]
-                label = [held, "training"] if own[0] is epochs[0] else [None, None]
-                mark = _mark(len(epochs))
-                y = [100 * e["train_accuracy"] for e in own]
-                axes.plot(x, y, "--" + mark, color=theme.cycle[1], lw=1.2, ms=3, label=label[1])
-                y = [100 * e["accuracy"] for e in own]
-                axes.plot(x, y, "-" + mark, color=theme.cycle[0], lw=1.9, ms=3.5, label=label[0])
+        if teacher:
+            for (start, end, _), level in zip(spans, teacher["accuracy"], strict=False):
+                label = "teacher at that resolution"
+                axes.plot([start, end], [100 * level] * 2, ":", color=theme.cycle[2], lw=1.4, label=label)
+        for own in _epochs_by_stage(run):
+            _plot_accuracies(axes, theme, "epoch", own, _mark(len(epochs)), held)
         if "test_accuracy" in summary:
-            point = (best["epoch"], 100 * summary["test_accuracy"])
-            axes.plot(*point, "D", ms=6, mfc=theme.surface, mec=theme.text, mew=1.3, label="test", zorder=5)
+            style = {"ms": 6, "mfc": theme.surface, "mec": theme.text, "mew": 1.3, "ls": "", "zorder": 5}
+            x, y = best["epoch"], 100 * summary["test_accuracy"]
+            axes.plot(x, y, "D", clip_on=False, label="test, best checkpoint", **style)
         axes.set(xlabel="epoch", ylabel="accuracy, %", xlim=(spans[0][0], spans[-1][1]))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_locator(_ticks(12, whole=True))
         _legend(figure, axes)
 
     shown = ", ".join(f"{r} px" for *_, r in spans)
-    last = f"it ends at {epochs[-1]['accuracy']:.1%} validation, {epochs[-1]['train_accuracy']:.1%} training"
-    return Plan(
-        "Accuracy over epochs",
-        f"Training and validation accuracy over {len(epochs)} epochs at {shown}; {last}.",
-        "Each band is a stage at one resolution. Training accuracy is measured on augmented images as they are "
-        "learned, with dropout; validation on clean ones.",
-        (WIDE, NARROW),
-        lambda width: 3.4 if width > NARROW else 2.9,
-        draw,
-    )
+    last = f"{epochs[-1]['accuracy']:.1%} validation, {epochs[-1]['train_accuracy']:.1%} training"
+    caption = "Each band is a stage at one resolution. " if len(spans) > 1 else ""
+    caption += "Training accuracy is measured while the weights change, on augmented images; validation "
+    caption += "afterwards, on plain ones."
+    alt = f"Training and validation accuracy over {len(epochs)} epochs at {shown}; at the end {last}."
+    heights = {WIDE: 3.4, NARROW: 2.9}
+    return Plan("Accuracy over epochs", alt, caption, (WIDE, NARROW), heights.__getitem__, draw)
 
 
 def _resolutions_plan(run: Run) -> Plan | None:
-    stages = [own for i in range(len(configuration.stages(run.config))) if (own := run.evaluations(i))]
+    stages = _epochs_by_stage(run)
     if len(stages) < 2:
         return None
 
     def grid(width: float) -> tuple[int, int]:
-        most = 6 if width > NARROW else 2
-        rows = -(-len(stages) // most)
+        rows = -(-len(stages) // (6 if width > NARROW else 2))
         return rows, -(-len(stages) // rows)
 
     def draw(figure: Figure, theme: Theme) -> None:
         rows, columns = grid(figure.get_figwidth())
-        all_axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-        for k, (axes, own) in enumerate(zip(all_axes, stages, strict=False)):
-            x, mark = [e["stage_epoch"] for e in own], _mark(len(own))
-            y = [100 * e["train_accuracy"] for e in own]
-            axes.plot(x, y, "--" + mark, color=theme.cycle[1], lw=1.1, ms=2.5, label="training")
-            y = [100 * e["accuracy"] for e in own]
-            axes.plot(x, y, "-" + mark, color=theme.cycle[0], lw=1.7, ms=3, label="validation")
+        every = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+        for k, (axes, own) in enumerate(zip(every, stages, strict=False)):
+            _plot_accuracies(axes, theme, "stage_epoch", own, _mark(len(own)), "validation")
             axes.set_title(f"{own[0]['resolution']} px", loc="left", fontweight="bold")
-            axes.set_title(f"{max(y):.1f}", loc="right", color=theme.cycle[0])
-            axes.set_xlim(0.5, max(max(x), 2) + 0.5)
-            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
-            if k % columns == 0:
-                axes.set_ylabel("accuracy, %")
-            if k // columns == rows - 1:
-                axes.set_xlabel("epoch in stage")
-        for axes in all_axes[len(stages) :]:
+            best = max(e["accuracy"] for e in own)
+            axes.set_title(f"{100 * best:.1f}", loc="right", color=theme.cycle[0])
+            axes.set_xlim(0.5, max(own[-1]["stage_epoch"], 2) + 0.5)
+            axes.xaxis.set_major_locator(_ticks(4, whole=True))
+            axes.set_ylabel("accuracy, %" if k % columns == 0 else "")
+            axes.set_xlabel("epoch in stage" if k // columns == rows - 1 else "")
+        for axes in every[len(stages) :]:
             axes.set_axis_off()
-        _legend(figure, all_axes[0])
+        _legend(figure, every[0])
 
-    return Plan(
-        "The same, a panel for each resolution",
-        "Training and validation accuracy within each stage: "
-        + ", ".join(f"{s[0]['resolution']} px best {max(e['accuracy'] for e in s):.1%}" for s in stages)
-        + ".",
-        "The number at the upper right is the stage's best validation accuracy in per cent.",
-        (WIDE, NARROW),
-        lambda width: 0.5 + 1.85 * grid(width)[0],
-        draw,
-    )
+    bests = (f"{own[0]['resolution']} px best {max(e['accuracy'] for e in own):.1%}" for own in stages)
+    alt = f"Training and validation accuracy within each stage: {', '.join(bests)}."
+    caption = "The number at the upper right is the stage's best validation accuracy in per cent."
+    title = "Accuracy within each stage"
+    return Plan(title, alt, caption, (WIDE, NARROW), lambda width: 0.5 + 1.85 * grid(width)[0], draw)
+
+
+def _plot_accuracies(
+    axes: Axes, theme: Theme, key: str, epochs: list[dict[str, Any]], mark: str, held: str
+) -> None:
+    """Training and validation accuracy over `key`, `epoch` or `stage_epoch`."""
+    for name, color, style, width, label in (
+        ("train_accuracy", 1, "--", 1.2, "training"),
+        ("accuracy", 0, "-", 1.8, held),
+    ):
+        y = [100 * e[name] for e in epochs]
+        line = {"color": theme.cycle[color], "lw": width, "ms": 3, "label": label}
+        axes.plot([e[key] for e in epochs], y, style + mark, **line)
 
 
 def _losses_plan(run: Run) -> Plan | None:
@@ -760,17 +747,16 @@ def _pace_plan(run: Run) -> Plan | None:
     steps = run.of("train")
     if not steps:
         return None
-    rows = [
-        ("images_per_s", "images/s", 1.0),
-        ("data_wait", "data wait, %", 100.0),
-        ("lr", "learning rate", 1.0),
-    ]
-    wait = _wait_share(steps)
-    alt = f"Images per second, the share of time spent waiting for data ({wait or 0:.1%} overall), learning rate."
+    keys = {
+        "images_per_s": ("images/s", 1.0),
+        "data_wait": ("data wait, %", 100.0),
+        "lr": ("learning rate", 1.0),
+    }
+    draw = _stacked(run, [(key, *rest) for key, rest in keys.items()], zero=True)
+    alt = f"Images per second, share of time spent waiting for data ({_wait_share(steps) or 0:.1%} overall), "
+    alt += "and learning rate over steps."
     caption = "Data wait: the share of the time in training steps that was spent waiting for the next batch."
-    return Plan(
-        "Speed, data, learning rate", alt, caption, (HALF,), lambda _: STACKED, _stacked(run, rows, zero=True)
-    )
+    return Plan("Speed, data, learning rate", alt, caption, (HALF,), lambda _: STACKED, draw)
 
 
 def _stacked(run: Run, rows: list[tuple[str, str, float]], zero: bool = False) -> Drawing:
@@ -778,19 +764,20 @@ def _stacked(run: Run, rows: list[tuple[str, str, float]], zero: bool = False) -
     steps, spans = run.of("train"), _step_spans(run)
 
     def draw(figure: Figure, theme: Theme) -> None:
-        all_axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False).ravel()
-        for i, (axes, (key, label, factor)) in enumerate(zip(all_axes, rows, strict=True)):
+        every = figure.subplots(len(rows), 1, sharex=True, squeeze=False).ravel()
+        for i, (axes, (key, label, factor)) in enumerate(zip(every, rows, strict=True)):
             _bands(axes, theme, spans, label=i == 0)
             own = [e for e in steps if key in e]
             x, y = [e["step"] for e in own], [factor * e[key] for e in own]
             axes.plot(x, y, _mark(len(own)) + "-", color=theme.cycle[0], lw=1.3, ms=3)
             axes.set_ylabel(label)
-            axes.yaxis.set_major_locator(MaxNLocator(3))
+            axes.yaxis.set_major_locator(_ticks(4))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
             if zero:
                 axes.set_ylim(0, 1.2 * max([*y, 1e-12]))
-        all_axes[-1].set(xlabel="step", xlim=(0, steps[-1]["step"]))
-        all_axes[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        figure.align_ylabels(list(all_axes))
+        every[-1].set(xlabel="step", xlim=(0, steps[-1]["step"]))
+        every[-1].xaxis.set_major_locator(_ticks(5, whole=True))
+        figure.align_ylabels(list(every))
 
     return draw
 
@@ -800,24 +787,17 @@ def _teacher_plan(run: Run) -> Plan | None:
     if teacher is None:
         return None
     sizes, levels = teacher["resolutions"], [100 * a for a in teacher["accuracy"]]
-    bests = [
-        100 * max((e["accuracy"] for e in run.evaluations(i)), default=np.nan) for i in range(len(sizes))
-    ]
+    bests = [100 * max(_accuracies(run, i), default=np.nan) for i in range(len(sizes))]
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = figure.subplots()
-        x = np.arange(len(sizes))
+        axes, x = figure.subplots(), np.arange(len(sizes))
         for shift, values, color, label in (
             (-0.2, levels, theme.cycle[2], "teacher"),
             (0.2, bests, theme.cycle[0], "student, best of its stage"),
         ):
-            axes.bar(x + shift, values, 0.36, color=color, label=label)
-            for at, value in zip(x + shift, values, strict=True):
-                if np.isfinite(value):
-                    axes.annotate(
-                        f"{value:.0f}", (at, value), (0, 2), textcoords="offset points", ha="center", fontsize=7.5,
-                        color=theme.muted,
-                    )  # fmt: skip
+            bars = axes.bar(x + shift, values, 0.36, color=color, label=label)
+            numbers = [f"{v:.0f}" if np.isfinite(v) else "" for v in values]
+            axes.bar_label(bars, numbers, padding=2, fontsize=7.5, color=theme.muted)
         axes.set_xticks(x, [str(r) for r in sizes])
         axes.set(
             xlabel="resolution, px", ylabel="held-out accuracy, %", xlim=(-0.6, max(len(sizes), 3) - 0.4)
@@ -826,52 +806,49 @@ def _teacher_plan(run: Run) -> Plan | None:
         axes.grid(axis="x", visible=False)
         _legend(figure, axes)
 
+    full = run.config.teacher is not None and run.config.teacher.view == "full"
+    seen = "at full resolution, as it sees them throughout" if full else "at each stage's resolution"
     pairs = zip(sizes, levels, bests, strict=True)
-    told = (f"{r} px teacher {t:.1f} %" + (f", student {b:.1f} %" if b == b else "") for r, t, b in pairs)
-    return Plan(
-        "Teacher by resolution",
-        f"Held-out accuracy by resolution: {'; '.join(told)}.",
-        "The teacher's accuracy was measured before training, with the images it gives its targets on.",
-        (HALF,),
-        lambda _: 2.9,
-        draw,
-    )
+    told = (f"{r} px teacher {t:.1f}%" + (f", student {b:.1f}%" if b == b else "") for r, t, b in pairs)
+    alt = f"Held-out accuracy by resolution: {'; '.join(told)}."
+    caption = f"The teacher's accuracy was measured before training, on images {seen}."
+    return Plan("Teacher by resolution", alt, caption, (HALF,), lambda _: 2.9, draw)
 
 
 def _evaluation_plan(run: Run) -> Plan | None:
     if run.evaluation is None:
         return None
-    rows = run.evaluation.rows
-    parts = [(1, "accuracy, %", 100.0), (3, "map correlation", 1.0), (4, "pointing, %", 100.0)]
-    parts = [p for p in parts if any(row[p[0]] is not None for row in rows)]
+    rows, parts = run.evaluation.rows, []
+    for i, label, factor in (
+        (1, "accuracy, %", 100.0),
+        (3, "map correlation", 1.0),
+        (4, "pointing, %", 100.0),
+    ):
+        points = [(row[0], factor * value) for row in rows if (value := row[i]) is not None]
+        parts += [(label, points)] if points else []
     if not parts:
         return None
     trained = {s.resolution for s in configuration.stages(run.config)}
 
     def draw(figure: Figure, theme: Theme) -> None:
-        all_axes = figure.subplots(len(parts), 1, sharex=True, squeeze=False).ravel()
-        for axes, (index, label, factor) in zip(all_axes, parts, strict=True):
-            points = [(row[0], factor * row[index]) for row in rows if row[index] is not None]
+        every = figure.subplots(len(parts), 1, sharex=True, squeeze=False).ravel()
+        for axes, (label, points) in zip(every, parts, strict=True):
             axes.plot(*zip(*points, strict=True), "-", color=theme.cycle[0], lw=1.4)
             for size, value in points:
                 fill = theme.cycle[0] if size in trained else theme.surface
                 axes.plot(size, value, "o", ms=5, mfc=fill, mec=theme.cycle[0], mew=1.3)
             axes.set_ylabel(label)
-            axes.yaxis.set_major_locator(MaxNLocator(4))
+            axes.yaxis.set_major_locator(_ticks(4))
             axes.margins(y=0.2)
-        all_axes[-1].set_xticks([row[0] for row in rows])
-        all_axes[-1].set_xlabel("resolution, px")
-        figure.align_ylabels(list(all_axes))
+        every[-1].set_xticks([row[0] for row in rows])
+        every[-1].set_xlabel("resolution, px")
+        figure.align_ylabels(list(every))
 
-    told = (f"{row[0]} px {row[1]:.1%}" for row in rows if row[1] is not None)
-    return Plan(
-        "Evaluation by resolution",
-        f"On the {run.evaluation.split} split, accuracy at {', '.join(told)}.",
-        "Filled points are resolutions that the run was trained at.",
-        (HALF,),
-        lambda _: 0.9 + 1.15 * max(len(parts), 2),
-        draw,
-    )
+    ends = (f"{label.removesuffix(', %')} {points[-1][1]:.3g}" for label, points in parts)
+    alt = f"Measured on the {run.evaluation.split} split over resolution; at the largest: {', '.join(ends)}."
+    caption = "Filled points are resolutions that the run was trained at."
+    height = 0.9 + 1.15 * max(len(parts), 2)
+    return Plan("Evaluation by resolution", alt, caption, (HALF,), lambda _: height, draw)
 
 
 def _saliency_plan(run: Run) -> Plan | None:
@@ -884,11 +861,7 @@ def _saliency_plan(run: Run) -> Plan | None:
     if not shown:
         return None
     has_teacher = all("teacher" in arrays for *_, arrays in shots)
-    columns = (
-        ["image", "teacher", "student"]
-        if has_teacher
-        else ["image", "student" if run.config.teacher else "map"]
-    )
+    columns = ["image", "teacher", "student"] if has_teacher else ["image", "map"]
     labels = [_class_name(run, int(y)) for y in shots[0][2]["labels"][:shown]]
     left, top, gap = 0.62, 0.46, 0.16
 
@@ -926,13 +899,11 @@ def _saliency_plan(run: Run) -> Plan | None:
         axes.set_axis_off()
 
     sizes = list(dict.fromkeys(int(arrays["resolution"]) for *_, arrays in shots))
+    method = run.config.loss.saliency.method.replace("_", "-")
     caption = (
-        "Held-out images as the network sees them, and where the score of the true class is most sensitive: "
+        f"Held-out images as the network sees them, and their saliency: {method} maps averaged over the "
     )
-    caption += (
-        f"{run.config.loss.saliency.method} maps averaged over the taps, each stretched to its own range, "
-    )
-    caption += "from dark (low) to yellow (high)."
+    caption += "taps, each stretched to its own range, from dark (low) to yellow (high)."
     caption += f" The first {shown} of {samples} images." if samples > shown else ""
     caption += " Only the end of each stage is shown." if len(shots) < len(run.panels) else ""
     alt = f"Saliency maps ({', '.join(columns)}) of {', '.join(labels)} at {', '.join(map(str, sizes))} px."
@@ -961,47 +932,40 @@ def _class_name(run: Run, label: int) -> str:
 
 def _comparison_figures(found: list[Run], keys: list[tuple[int, int]]) -> dict[str, Plan]:
     """Validation curves of all runs over epochs and over time; `keys` are (colour, line style) of each run."""
-    curves: dict[str, list[tuple[list[float], list[float]]]] = {"epochs": [], "minutes": []}
-    for run in found:
-        epochs = run.of("evaluation")
-        accuracy = [100 * e["accuracy"] for e in epochs]
-        elapsed = [
-            sum(_seconds([x for x in run.events if x["time"] <= e["time"]]).values()) / 60 for e in epochs
-        ]
-        curves["epochs"].append(([e["epoch"] for e in epochs], accuracy))
-        curves["minutes"].append((elapsed, accuracy))
-    if not any(y for _, y in curves["epochs"]):
+    lines = [[(e["epoch"], t / 60, 100 * e["accuracy"]) for e, t in _timed_evaluations(r)] for r in found]
+    if not any(lines):
         return {}
 
-    def drawing(kind: str) -> Drawing:
+    def plan(column: int, title: str, label: str, caption: str) -> Plan:
         def draw(figure: Figure, theme: Theme) -> None:
             axes = figure.subplots()
-            for (x, y), (color, style) in zip(curves[kind], keys, strict=True):
-                axes.plot(x, y, STYLES[style] + _mark(len(x)), color=theme.cycle[color], lw=1.6, ms=3.5)
-            axes.set(xlabel="epoch" if kind == "epochs" else "minutes of training", ylabel="accuracy, %")
-            axes.xaxis.set_major_locator(MaxNLocator(8, integer=kind == "epochs", min_n_ticks=1))
+            for line, (color, style) in zip(lines, keys, strict=True):
+                x, y = [p[column] for p in line], [p[2] for p in line]
+                drawn = list(STYLES.values())[style] + _mark(len(x))
+                axes.plot(x, y, drawn, color=theme.cycle[color], lw=1.6, ms=3.5)
+            axes.set(xlabel=label, ylabel="accuracy, %")
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(_ticks(10, whole=column == 0))
 
-        return draw
+        ends = (f"{run.name} {line[-1][2]:.1f}%" for run, line in zip(found, lines, strict=True) if line)
+        alt = f"Validation accuracy of {len(found)} runs; last values: {', '.join(ends)}."
+        return Plan(title, alt, caption, (WIDE, NARROW), {WIDE: 3.2, NARROW: 2.8}.__getitem__, draw)
 
-    def plan(kind: str, title: str, caption: str) -> Plan:
-        ends = (f"{r.name} {y[-1]:.1f} %" for r, (_, y) in zip(found, curves[kind], strict=True) if y)
-        alt = f"Validation accuracy of {len(found)} runs over {kind}; last values: {', '.join(ends)}."
-        return Plan(title, alt, caption, (WIDE, NARROW), lambda w: 3.2 if w > NARROW else 2.8, drawing(kind))
-
+    stops = "Time between a stop and a resume is left out."
     return {
-        "epochs": plan(
-            "epochs", "Validation accuracy over epochs", "Each at the resolution of the run's stage."
-        ),
-        "minutes": plan(
-            "minutes", "Validation accuracy over time", "Pauses between a stop and a resume left out."
-        ),
+        "epochs": plan(0, "Over epochs", "epoch", "Each at the resolution of the run's stage."),
+        "minutes": plan(1, "Over time", "minutes of training", stops),
     }
+
+
+def _epochs_by_stage(run: Run) -> list[list[dict[str, Any]]]:
+    return [own for i in range(len(configuration.stages(run.config))) if (own := run.evaluations(i))]
 
 
 def _epoch_spans(run: Run) -> list[tuple[float, float, int]]:
     """Each stage's first and last epoch, half an epoch wider on both sides, and its resolution."""
-    stages = (run.evaluations(i) for i in range(len(configuration.stages(run.config))))
-    return [(own[0]["epoch"] - 0.5, own[-1]["epoch"] + 0.5, own[0]["resolution"]) for own in stages if own]
+    stages = _epochs_by_stage(run)
+    return [(own[0]["epoch"] - 0.5, own[-1]["epoch"] + 0.5, own[0]["resolution"]) for own in stages]
 
 
 def _step_spans(run: Run) -> list[tuple[float, float, int]]:
@@ -1013,24 +977,29 @@ def _step_spans(run: Run) -> list[tuple[float, float, int]]:
 
 def _bands(axes: Axes, theme: Theme, spans: list[tuple[float, float, int]], label: bool = True) -> None:
     """Shade every second stage, and name each one's resolution at the top where there is more than one."""
+    style = {"fontsize": 7.5, "color": theme.muted, "ha": "center", "va": "bottom"}
     for i, (start, end, size) in enumerate(spans):
         if i % 2:
             axes.axvspan(start, end, color=theme.band, lw=0, zorder=0)
         if i:
             axes.axvline(start, color=theme.grid, lw=1, zorder=0.5)
         if label and len(spans) > 1:
-            room = (end - start) / (spans[-1][1] - spans[0][0]) * axes.get_figure(root=True).get_figwidth()  # type: ignore[union-attr]
-            axes.annotate(
-                f"{size} px" if room > 0.5 else str(size), ((start + end) / 2, 1), (0, 3), ha="center", va="bottom",
-                xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=7.5, color=theme.muted,
-            )  # fmt: skip
+            part = (end - start) / (spans[-1][1] - spans[0][0])
+            text = f"{size} px" if part > 0.12 else str(size)
+            at = ("data", "axes fraction")
+            axes.annotate(text, ((start + end) / 2, 1), (0, 3), at, "offset points", **style)
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """One row of keys above the whole figure."""
-    handles, labels = axes.get_legend_handles_labels()
-    columns = len(labels) if figure.get_figwidth() > NARROW else 2
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
+    """Keys above the whole figure, each label once."""
+    keys = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    columns = len(keys) if figure.get_figwidth() > NARROW else 2
+    where = "outside upper left"
+    figure.legend(list(keys.values()), list(keys), loc=where, ncols=columns, frameon=False)
+
+
+def _ticks(most: int, whole: bool = False) -> MaxNLocator:
+    return MaxNLocator(most, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1)
 
 
 def _mark(points: int) -> str:
@@ -1038,18 +1007,21 @@ def _mark(points: int) -> str:
     return "o" if points <= 25 else ""
 
 
-def _picture(file: Path | None, plan: Plan) -> dict[str, Any]:
+def _picture(file: Path | None, plan: Plan | None) -> dict[str, Any] | None:
     """Draw a plan in light and dark, for page and phone; `file` gets the page's light one, as PNG."""
+    if plan is None:
+        return None
     sources = []
     for width in reversed(plan.widths):
         size = (round(100 * width), round(100 * plan.height(width)))
         phone = " and (max-width: 640px)" if width != plan.widths[0] else ""
         for dark in (True, False):
-            image = _draw(plan, width, DARK if dark else LIGHT)
+            theme = DARK if dark else LIGHT
+            image = _draw(plan, width, theme)
             query = "screen" + " and (prefers-color-scheme: dark)" * dark + phone
-            sources.append((query, _data_uri(image, plan.photographs), size))
+            sources.append((query, _data_uri(image, plan, theme), size))
             if file is not None and not dark and width == plan.widths[0]:
-                _save_png(image, file, plan.photographs)
+                _save_png(image, file, plan, theme)
     *others, (_, image, size) = sources
     words = {"title": plan.title, "alt": plan.alt, "caption": plan.caption}
     return {**words, "image": image, "size": size, "sources": others}
@@ -1066,30 +1038,36 @@ def _draw(plan: Plan, width: float, theme: Theme) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def _data_uri(image: Image.Image, photographs: bool) -> str:
-    """A page with six figures stays under 2 MB: 256 colours are plenty for lines, and WebP is made for the rest."""
+def _data_uri(image: Image.Image, plan: Plan, theme: Theme) -> str:
+    kind = "webp" if plan.photographs else "png"
     buffer = io.BytesIO()
-    if photographs:
-        image.save(buffer, "webp", quality=85, method=2)
+    if plan.photographs:
+        image.save(buffer, kind, quality=85, method=2)
     else:
-        _few_colors(image).save(buffer, "png")
-    kind = "webp" if photographs else "png"
+        _few_colors(image, theme).save(buffer, kind)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _save_png(image: Image.Image, file: Path, photographs: bool) -> None:
+def _save_png(image: Image.Image, file: Path, plan: Plan, theme: Theme) -> None:
     try:
         file.parent.mkdir(exist_ok=True)
-        (image if photographs else _few_colors(image)).save(file)
+        (image if plan.photographs else _few_colors(image, theme)).save(file)
     except OSError as error:
         raise UserError(f"cannot write the figure {file}: {error}") from error
 
 
-def _few_colors(image: Image.Image) -> Image.Image:
-    return image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+def _few_colors(image: Image.Image, theme: Theme) -> Image.Image:
+    """Lines and text need the theme's colours and their blends with the ground: a third of the bytes."""
+    plain = [to_rgb(color) for color in (theme.surface, theme.band, theme.grid)]
+    inks = (theme.text, theme.muted, *theme.cycle)
+    blends = [np.linspace(plain[0], to_rgb(ink), 13)[1:] for ink in inks]
+    colors = np.concatenate([plain, *blends])
+    palette = Image.new("P", (1, 1))
+    palette.putpalette((255 * colors).round().astype(np.uint8).tobytes())
+    return image.quantize(palette=palette, dither=Image.Dither.NONE)
 
 
-def _style(theme: Theme) -> dict[str, Any]:
+def _style(theme: Theme) -> Any:
     installed = set(font_manager.get_font_names())
     families = [f for f in ("Inter", "Helvetica Neue", "Arial", "Liberation Sans") if f in installed]
     return {

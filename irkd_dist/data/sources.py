@@ -91,13 +91,15 @@ def open_source(
     image_column and label_column are for parquet, download for cifar10, samples (per split), size (px) and
     seed for synthetic. Raises UserError: path missing or without images, labels that make no sense.
     """
+    if download and kind != "cifar10":
+        raise UserError(f"--download is for source cifar10, not {kind}; fetch the files, name them by --path")
     if kind == "synthetic":
         return _open_synthetic(samples or {"train": 4000, "test": 1000}, size, seed)
     if path is None:
         raise UserError(f"irkd render {kind} needs --path: where its files are")
     path = Path(path)
     if download:
-        _download(kind, path)
+        _download(path)
     if not path.exists():
         raise UserError(f"--path {path} does not exist{_hint(kind)}")
     match kind:
@@ -323,9 +325,7 @@ _CIFAR_TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 _CIFAR_TEST = ("test_batch",)
 
 
-def _download(kind: Kind, path: Path) -> None:
-    if kind != "cifar10":
-        raise UserError(f"--download is for source cifar10, not {kind}; fetch the files, name them by --path")
+def _download(path: Path) -> None:
     from torchvision.datasets import CIFAR10
 
     try:

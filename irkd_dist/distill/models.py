@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import timm
 import torch
-from timm.layers import Attention
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -240,7 +240,7 @@ def _is_void(model: nn.Module, path: str, method: Method) -> bool:
     prenorm = len(blocks) > 0 and isinstance(blocks[-1], Block)
     if reads_only_prefix_tokens(model):
         inside = path.removeprefix(last).removeprefix(".")
-        after = path.startswith(last) and not re.match(r"norm1|attn\.(?!proj)", inside)
+        after = path.startswith(last) and not re.match(r"norm1|attn\.(?!proj|norm)", inside)
         return path == "norm" or after or (method == "hirescam" and prenorm and path == before)
     if method == "hirescam":
         return prenorm and final_norm and path == last

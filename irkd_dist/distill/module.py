@@ -134,7 +134,7 @@ class Distiller(nn.Module):
         if aligned < len(images):
             rest = self.student(images[aligned:])
             if isinstance(output, tuple):
-                output = tuple(torch.cat(pair) for pair in zip(output, rest, strict=True))  # type: ignore[assignment]
+                output = torch.cat((output[0], rest[0])), torch.cat((output[1], rest[1]))
             else:
                 output = torch.cat((output, rest))
         return output, maps

@@ -21,6 +21,7 @@ SIZE = 16  # px that position embeddings are made for
 PATCH = 4
 HEADS = ("class_token", "distilled", "mean", "mean_fc_norm")
 METHODS = ("gradient", "grad_cam", "hirescam", "attention")
+DEFINED = [(h, m) for h in HEADS for m in METHODS if (h, m) != ("mean", "attention")]  # no class token
 
 
 def build(

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import plain_vit as plain
 import pytest
 import torch
 from torch import Tensor, nn
 
 from irkd_dist.distill import models, saliency
+from tests.distill import plain_vit as plain
 
 STEP = 1e-6  # of the central differences
 DEPTH, TEACHER_DEPTH = 3, 4
@@ -75,15 +75,11 @@ def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def defined(heads: tuple[str, ...] = plain.HEADS) -> list[tuple[str, str]]:
-    return [(h, m) for h in heads for m in plain.METHODS if (h, m) != ("mean", "attention")]
-
-
 # -- (a) the plain reference -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("resolution", [plain.SIZE, 12])
-@pytest.mark.parametrize(("head", "method"), defined())
+@pytest.mark.parametrize(("head", "method"), plain.DEFINED)
 def test_maps_and_weight_gradients_equal_plain_autograd(head: str, method: str, resolution: int) -> None:
     student = plain.build(head, DEPTH, seed=1)
     ours, teacher, theirs = paired(head, method)

@@ -1,0 +1,106 @@
+"""A killed run ends with bitwise the weights of an unbroken one; a changed configuration is refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from irkd_dist.training import checkpoint
+from irkd_dist.training.tracking import read_events
+from tests.training.launch import irkd
+
+# dropout, MixUp and carried moments are on: all of it must come back. 16 steps, the transition after the 8th.
+SETTINGS = ["student.dropout=0.1", "augment.mixup=0.4", "optim.policy=carry", "checkpoint.every_steps=3"]
+
+
+def final(run: Path) -> dict[str, torch.Tensor]:
+    newest, _ = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    return load_file(newest / checkpoint.STUDENT) | load_file(newest / checkpoint.OPTIMIZER)
+
+
+@pytest.fixture(scope="module")
+def unbroken(shapes: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.training.conftest import STUDENT_YAML
+
+    out = tmp_path_factory.mktemp("resume")
+    (out / "student.yaml").write_text(STUDENT_YAML.format(shards=shapes, teacher=teacher, out=out))
+    irkd("train", str(out / "student.yaml"), "name=unbroken", *SETTINGS)
+    return out
+
+
+@pytest.mark.parametrize("step", [1, 5, 7, 8, 9, 14])  # 7: the last before the transition, 8: the first after
+def test_killed_and_started_again_is_bitwise_the_same(unbroken: Path, step: int) -> None:
+    arguments = ("train", str(unbroken / "student.yaml"), f"name=killed-{step}", *SETTINGS)
+    killed = irkd(*arguments, env={"IRKD_FAULT": f"sigkill@{step}"}, check=False)
+    assert killed.returncode == -9
+    run = unbroken / f"killed-{step}"
+    irkd(*arguments)
+    one, other = final(unbroken / "unbroken"), final(run)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    seen = [e["step"] for e in read_events(run) if e["event"] == "train"]
+    assert seen == list(range(1, 17))  # no step is lost or counted twice
+    first, second = (
+        [(e["step"], e["total"]) for e in read_events(r) if e["event"] == "train"]
+        for r in (unbroken / "unbroken", run)
+    )
+    assert first == second
+
+
+def test_a_finished_run_is_not_trained_again(unbroken: Path) -> None:
+    before = final(unbroken / "unbroken")
+    done = irkd("train", str(unbroken / "student.yaml"), "name=unbroken", *SETTINGS)
+    assert "test accuracy" in done.stdout
+    assert all(torch.equal(v, final(unbroken / "unbroken")[k]) for k, v in before.items())
+
+
+def test_another_seed_gives_other_weights(unbroken: Path) -> None:
+    irkd("train", str(unbroken / "student.yaml"), "name=seed", "seed=1", *SETTINGS)
+    one, other = final(unbroken / "unbroken"), final(unbroken / "seed")
+    assert not all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_a_changed_semantic_key_is_refused_with_both_values(unbroken: Path) -> None:
+    done = irkd("train", str(unbroken / "student.yaml"), "name=unbroken", *SETTINGS, "optim.lr=1e-4", check=False)
+    assert done.returncode == 2
+    assert "optim.lr: 0.0003 -> 0.0001" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_operational_keys_may_change(unbroken: Path) -> None:
+    irkd("train", str(unbroken / "student.yaml"), "name=unbroken", *SETTINGS, "data.workers=1", "track.panels=1")
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_and_said(unbroken: Path) -> None:
+    run = unbroken / "damaged"
+    shutil.copytree(unbroken / "unbroken", run)
+    newest, _ = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    data = (newest / checkpoint.STUDENT).read_bytes()
+    (newest / checkpoint.STUDENT).write_bytes(data[:100])
+    done = irkd("train", str(unbroken / "student.yaml"), "name=damaged", *SETTINGS)
+    assert "skipped checkpoint" in done.stdout
+    assert newest.name in done.stdout
+    one, other = final(unbroken / "unbroken"), final(run)
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_nothing_of_the_teacher_is_in_the_students_checkpoint(unbroken: Path, teacher: Path) -> None:
+    newest, _ = checkpoint.newest(unbroken / "unbroken" / "checkpoints")
+    assert newest is not None
+    ours = load_file(newest / checkpoint.STUDENT)
+    theirs = load_file(sorted((teacher / "checkpoints").glob("step-*"))[-1] / checkpoint.STUDENT)
+    assert not any(
+        a.shape == b.shape and torch.equal(a, b) and a.numel() > 100 for a in ours.values() for b in theirs.values()
+    )
+    names = {k.partition(".")[2] for k in load_file(newest / checkpoint.OPTIMIZER)}
+    assert names == set(ours)
+
+
+def test_the_teachers_run_is_untouched(unbroken: Path, teacher: Path) -> None:
+    assert unbroken.exists()
+    for folder in (teacher / "checkpoints").glob("step-*"):
+        checkpoint.load(folder)  # compares the checksums

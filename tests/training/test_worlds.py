@@ -1,0 +1,71 @@
+"""One, two, three and four processes: the same global batches, augmentations, losses and gradients."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.launch import REPOSITORY, irkd, losses
+from tests.training.parity_worker import CASES
+
+
+@pytest.fixture(scope="module")
+def worlds(shapes: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
+    """What each world computed for every case."""
+    from tests.training.conftest import STUDENT_YAML
+
+    out = tmp_path_factory.mktemp("worlds")
+    (out / "student.yaml").write_text(STUDENT_YAML.format(shards=shapes, teacher=teacher, out=out))
+    # at initialisation attention is uniform, maps are nearly flat, and min-max enlarges rounding twentyfold
+    irkd("train", str(out / "student.yaml"), "name=warm", "optim.lr=3e-3")
+    for world in (1, 2, 3, 4):
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", "--standalone",
+                "-m", "tests.training.parity_worker", str(teacher), str(shapes), str(out),
+            ],
+            cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+    return {world: torch.load(out / f"world-{world}.pt") for world in (1, 2, 3, 4)}
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_same_batches_and_gradients(worlds: dict[int, dict], case: str, world: int) -> None:
+    one, many = worlds[1][case], worlds[world][case]
+    assert torch.equal(one["ids"], many["ids"])
+    assert torch.equal(one["images"], many["images"])
+    assert torch.equal(one["targets"], many["targets"])
+    assert one["seen"] == many["seen"] == len(one["ids"])
+    for name in ("total", "ce", "kd", "saliency"):
+        torch.testing.assert_close(many[name], one[name], rtol=1e-5, atol=1e-6)  # kd is small here
+    largest = max(float(v.norm()) for k, v in one.items() if k.startswith("grad."))
+    for name, gradient in one.items():
+        if name.startswith("grad."):
+            # a key bias has no influence on attention: its gradient is rounding, compared to the largest one
+            scale = max(float(gradient.norm()), 1e-4 * largest)
+            assert float((many[name] - gradient).norm()) / scale < 1e-5, name
+
+
+def test_a_wrong_weight_would_be_seen(worlds: dict[int, dict]) -> None:
+    """The bound is far below what a batch mean over the ranks' own counts would give (32 samples on 3 ranks)."""
+    one = worlds[1]["gradient"]["grad.head.weight"]
+    assert float((one * (32 / 33) - one).norm()) / float(one.norm()) > 1e-3
+
+
+def test_losses_over_twenty_steps_across_a_transition(student_yaml: Path) -> None:
+    """20 steps, two stages; AdamW's epsilon is raised, for it turns rounding of near-zero gradients into steps."""
+    settings = ["curriculum.stages[0].epochs=2", "curriculum.stages[1].epochs=3", "optim.eps=1e-3"]
+    runs = {}
+    for world in (1, 2, 3, 4):
+        irkd("train", str(student_yaml), f"name=w{world}", *settings, world=world)
+        runs[world] = losses(student_yaml.parent / f"w{world}")
+    assert len(runs[1]) == 20
+    assert {e["stage"] for e in runs[1]} == {0, 1}
+    for world in (2, 3, 4):
+        for one, many in zip(runs[1], runs[world], strict=True):
+            assert many["total"] == pytest.approx(one["total"], rel=1e-5), (world, one["step"])
