@@ -364,6 +364,11 @@ def check(config: Config) -> None:
             raise UserError("teacher needs either run (a run folder) or model (with weights), and not both")
         if config.teacher.schedule == "aligned" and config.teacher.run is None:
             raise UserError("teacher.schedule=aligned takes its checkpoints from a run: give teacher.run")
+        own = [i for i, s in enumerate(stages(config)) if s.teacher is not None]
+        if own and config.teacher.run is None:
+            raise UserError(
+                f"curriculum.stages[{own[0]}].teacher names a checkpoint: give teacher.run, not teacher.model"
+            )
         if (config.teacher.mean is None) != (config.teacher.std is None):
             raise UserError("teacher.mean and teacher.std go together: give both or none")
     if config.student.distilled is True and config.student.name in models.PAPER_MODELS and not loss.kd.alpha:

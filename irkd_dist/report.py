@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import matplotlib
 import numpy as np
@@ -170,7 +171,7 @@ def read(folder: Path) -> Run:
     state = _newest_state(folder)
     try:
         snapshots = panels.load(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
         snapshots = []
         notices.append(f"The saliency panels cannot be read: {error}")
     evaluation, problem = _read_evaluation(folder / RESULT)

@@ -131,17 +131,16 @@ def _page(study: Study, teachers: list[Result], results: list[Result], command: 
             seconds = _mean_std([s["seconds"] for s in own], digits=0)
             lines.append(f"| {name} | {len(own)} | {' | '.join(columns)} | {seconds} |")
     for teacher in teachers:
-        s = teacher.summary
-        lines.append(
-            f"| teacher | 1 | {100 * s['test_accuracy']:.2f} | {100 * s['test_accuracy_last']:.2f} | {s['seconds']:.0f} |"
-        )
+        lines.append(f"| teacher | 1 {_figures(teacher)}")
     lines += ["", "## Every run", "", "| command | test, best | test, last | seconds |", "|---|---|---|---|"]
     for r in [*teachers, *results]:
-        s = r.summary
-        lines.append(
-            f"| `{r.command}` | {100 * s['test_accuracy']:.2f} | {100 * s['test_accuracy_last']:.2f} | {s['seconds']:.0f} |"
-        )
+        lines.append(f"| `{r.command}` {_figures(r)}")
     return "\n".join([*lines, "", _machine(), ""])
+
+
+def _figures(result: Result) -> str:
+    s = result.summary
+    return f"| {100 * s['test_accuracy']:.2f} | {100 * s['test_accuracy_last']:.2f} | {s['seconds']:.0f} |"
 
 
 def _mean_std(values: list[float], digits: int = 2) -> str:

@@ -56,7 +56,10 @@ def test_overrides_in_both_forms_with_every_kind_of_value(base: Path, dashes: st
         (["data.batch=2.5"], "data.batch=2.5: input should be a valid integer"),
         (["data.batch=0"], "data.batch=0: input should be greater than 0"),
         (["optim.policy=rest"], "did you mean reset?"),
-        (["curriculum.stages[1].resolution=18"], "stages[1].resolution=18 is not a multiple of patch size 4 (student); use 16 or 20"),
+        (
+            ["curriculum.stages[1].resolution=18"],
+            "curriculum.stages[1].resolution=18 is not a multiple of patch size 4 (student); use 16 or 20",
+        ),
         (["curriculum.stages[7].epochs=1"], "override 'curriculum.stages[7].epochs=1' does not fit"),
         (["fixed.resolution=32", "fixed.epochs=3"], "curriculum and fixed are both given"),
         (["curriculum.stages=[]"], "curriculum.stages is empty"),

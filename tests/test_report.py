@@ -19,9 +19,7 @@ from irkd_dist import config as configuration
 from irkd_dist import report
 from irkd_dist.errors import UserError
 
-SECTIONS = (
-    "overview stages accuracy resolutions losses teacher saliency evaluation configuration".split()  # noqa: SIM905
-)
+SECTIONS = ["overview", "stages", "accuracy", "resolutions", "losses", "teacher", "saliency", "evaluation"]
 # what a reader's browser knows of the page, appended to a copy of it: the page itself has no script
 PROBE = """<script>addEventListener("load", () => {
   const images = [...document.images].map(i => [i.naturalWidth, i.naturalHeight, i.clientWidth, i.alt.length]);
@@ -165,9 +163,9 @@ def test_tables_hold_what_the_events_say(page: Page) -> None:
     assert _row(page.html, "12 px", "stages") == [
         "12 px", "2 / 2", "45.21%", "40.21%", "40.21%", "900", "1.9%", "18 s", "2 epochs done",
     ]  # fmt: skip
-    # 24 to 41 s and 1041 to 1061 s: the stop between them is no training time
+    # 24 to 40 s and 1041 to 1061 s: neither the stop nor the evaluation that was done again is counted
     assert _row(page.html, "16 px", "stages") == [
-        "16 px", "2 / 2", "56.02%", "52.13%", "51.02%", "410", "1.0%", "37 s", "2 epochs done",
+        "16 px", "2 / 2", "56.02%", "52.13%", "51.02%", "410", "1.0%", "36 s", "2 epochs done",
     ]  # fmt: skip
     assert _row(page.html, "12 px", "teacher") == ["12 px", "61.00%", "−20.79", "0.9", "0.8"]  # noqa: RUF001
     assert _row(page.html, "12 px", "evaluation") == ["12 px", "43.00%", "0.0400", "", ""]
@@ -203,10 +201,8 @@ def test_figures_are_kept_beside_the_page(page: Page) -> None:
     assert names == {f"{name}.png" for name in sections}
     for name in names:
         with Image.open(page.run / "figures" / name) as image:
-            colors = image.convert("RGB").getcolors(1 << 24)
             assert image.width >= 800
-            assert colors is not None
-            assert len(colors) > 20, f"{name} is blank"
+            assert np.asarray(image.convert("L")).std() > 2, f"{name} is blank"
 
 
 @pytest.fixture(scope="module")
@@ -271,10 +267,12 @@ def test_a_poor_run_has_a_page_that_says_so(tmp_path: Path) -> None:
     with (run / "events.jsonl").open("a") as file:
         file.write('{"event": "train", "st')
     (run / "evaluation.json").write_text('{"accuracy": {"12": "high"}}')
+    (run / "panels").mkdir()
+    (run / "panels" / "stage-00-epoch-001.npz").write_bytes(b"PK\x03\x04 cut short")
     text = _text(report.write([run], tmp_path / "elsewhere" / "page.html").read_text())
     for words in (
         "unfinished: at step 40, in stage 1 of 2", "This run is not finished", "only one epoch",
-        "1 line of events.jsonl cut short", "This run has no teacher.", "No saliency panels were kept",
+        "1 line of events.jsonl cut short", "This run has no teacher.", "The saliency panels cannot be read",
         "evaluation.json is not what irkd evaluate writes", "There is no validation split",
         "all epochs so far were at one resolution", "Not evaluated yet", "not reached", "irkd_dist unknown",
     ):  # fmt: skip
@@ -305,15 +303,8 @@ def test_several_runs_share_one_page(tmp_path: Path) -> None:
     assert _row(html, "irkd-seed0", "runs") == [
         "irkd-seed0", "51.77%", "52.13%", *tail, "4", "160", "1 min 01 s"
     ]  # fmt: skip
-    assert _row(html, str(second), "runs") == [
-        str(second),
-        "unfinished",
-        "52.13%",
-        *tail,
-        "4",
-        "160",
-        "1 min 01 s",
-    ]
+    row = [str(second), "unfinished", "52.13%", *tail, "4", "160", "1 min 00 s"]
+    assert _row(html, str(second), "runs") == row
     assert _row(html, str(same_name), "runs")[1:3] == ["90.00%", "40.21%"]
     assert '<td class="top">90.00%' in html
     assert html.count("<picture>") == 2
@@ -329,7 +320,7 @@ def test_maps_are_laid_over_their_images() -> None:
     assert np.unravel_index(shown.argmax(), shown.shape)[0] < 8
     assert np.unravel_index(shown.argmax(), shown.shape)[1] >= 24
     flat = report.overlay(image, np.full((4, 4), 0.3, np.float32), side=32)
-    assert flat.max() - flat.min() == 0
+    assert (flat == flat[0, 0]).all()
 
 
 def test_dark_figures_are_drawn_dark(page: Page) -> None:

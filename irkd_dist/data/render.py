@@ -160,9 +160,10 @@ def _check(options: Options) -> None:
         raise UserError(
             f"--val-fraction {options.val_fraction} is not a part of the training images; use 0 to 0.5"
         )
-    for name in ("samples_per_shard", "workers"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    for name, least in (("samples_per_shard", 1), ("workers", 1), ("limit", 1), ("max_bad", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
 
 
 def _jobs(source: Source, options: Options) -> tuple[list[_Job], dict[str, int]]:
@@ -440,7 +441,8 @@ def _preview(out: Path, manifest: Manifest, count: int = 8) -> None:
     from matplotlib.figure import Figure
 
     split = "test" if "test" in manifest.splits else "train"
-    figure = Figure(figsize=(1.1 * count + 0.8, 1.15 * len(manifest.resolutions) + 0.4), dpi=130)
+    width, height = 0.7 + 1.1 * count, 0.3 + 1.1 * len(manifest.resolutions)  # inches
+    figure = Figure(figsize=(width, height), dpi=130)
     axes = figure.subplots(len(manifest.resolutions), count, squeeze=False)
     for row, resolution in zip(axes, manifest.resolutions, strict=True):
         first = resolution == manifest.resolutions[0]
@@ -458,7 +460,8 @@ def _preview(out: Path, manifest: Manifest, count: int = 8) -> None:
             -0.12, 0.5, f"{resolution} px", transform=row[0].transAxes, ha="right", va="center", fontsize=9
         )
         opened.close()
-    figure.subplots_adjust(left=0.09, right=0.99, top=0.92, bottom=0.01, wspace=0.06, hspace=0.06)
+    margins = {"left": 0.68 / width, "right": 0.995, "top": 1 - 0.28 / height, "bottom": 0.02 / height}
+    figure.subplots_adjust(**margins, wspace=0.06, hspace=0.06)
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})
     with shards.atomic(out / PREVIEW) as file:

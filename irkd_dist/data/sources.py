@@ -663,6 +663,8 @@ def _open_synthetic(samples: dict[str, int], size: int, seed: int) -> Source:
 
     if not samples.get("train"):
         raise UserError(f"--samples {samples}: a train split is needed, e.g. train=4000,test=1000")
+    if size < 4:
+        raise UserError(f"--size {size} is too small for a shape; use 12 or more")
     count = len(synthetic.CLASSES)
     return Source(
         kind="synthetic",

@@ -327,7 +327,7 @@ def _teacher_folders(config: Config, stages: list[Stage], final: Path, notes: li
     if spec.run is None:
         folders = _no_folders(stages)
     elif spec.schedule == "aligned":
-        folders = list(_aligned(runs.run_of(Path(spec.run)), len(stages)))
+        folders = _aligned(runs.run_of(Path(spec.run)), len(stages)))
     else:
         folders = [final] * len(stages)
     for i, stage in enumerate(stages):
@@ -343,7 +343,7 @@ def _no_folders(stages: list[Stage]) -> list[Path | None]:
     return [None] * len(stages)
 
 
-def _aligned(run: Path, count: int) -> list[Path]:
+def _aligned(run: Path, count: int) -> list[Path | None]:
     found = {int(f.name.removeprefix("step-")): f for f in (run / runs.CHECKPOINTS).glob("step-*")}
     if len(found) < count:
         raise UserError(

@@ -29,7 +29,14 @@ class Tracker:
     """
 
     def __init__(
-        self, run: Path, main: bool, backend: str, mode: Literal["online", "offline"], project: str, name: str, config: dict[str, Any]
+        self,
+        run: Path,
+        main: bool,
+        backend: str,
+        mode: Literal["online", "offline"],
+        project: str,
+        name: str,
+        config: dict[str, Any],
     ) -> None:
         self.main = main
         self.console = Console(quiet=not main, highlight=False, soft_wrap=True)
@@ -151,7 +158,9 @@ def _open_events(file: Path) -> Any:
     return handle
 
 
-def _wandb(run: Path, mode: Literal["online", "offline"], project: str, name: str, config: dict[str, Any]) -> Any:
+def _wandb(
+    run: Path, mode: Literal["online", "offline"], project: str, name: str, config: dict[str, Any]
+) -> Any:
     try:
         import wandb
     except ImportError:

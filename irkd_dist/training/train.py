@@ -246,7 +246,8 @@ def _check_finite(means: dict[str, float], step: int, stage_lr: float) -> None:
     if not math.isfinite(means["total"]):
         shown = ", ".join(f"{k}={means[k]:.4g}" for k in ("ce", "kd", "saliency") if k in means)
         raise UserError(
-            f"the loss is {means['total']} by step {step} ({shown}) at lr {stage_lr:.3g}: lower optim.lr, or set optim.clip=1"
+            f"the loss is {means['total']} by step {step} ({shown}) at lr {stage_lr:.3g}: "
+            "lower optim.lr, or set optim.clip=1"
         )
 
 

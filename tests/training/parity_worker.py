@@ -34,7 +34,9 @@ CASES = {
 }
 
 
-def gathered(engine: distributed.Engine, tensor: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:
+def gathered(
+    engine: distributed.Engine, tensor: torch.Tensor, positions: torch.Tensor, size: int
+) -> torch.Tensor:
     """Place each rank's rows at their global positions and sum over the ranks."""
     whole = torch.zeros(size, *tensor.shape[1:])
     whole[positions] = tensor.float()

@@ -1,6 +1,7 @@
 """Policies against torch's own AdamW, schedules against their definitions."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -78,8 +79,8 @@ def test_one_cycle_rises_and_falls_as_the_teachers_recipe_says() -> None:
     assert factors[59] == 1.0
     assert factors[0] == pytest.approx(0.05, abs=0.01)
     assert factors[-1] == pytest.approx(0.01)
-    assert all(a < b for a, b in zip(factors[:59], factors[1:60], strict=True))
-    assert all(a > b for a, b in zip(factors[59:99], factors[60:], strict=True))
+    assert all(a < b for a, b in itertools.pairwise(factors))
+    assert all(a > b for a, b in itertools.pairwise(factors))
     halfway = 0.05 + 0.95 * (1 - math.cos(math.pi * 0.5)) / 2
     assert factors[29] == pytest.approx(halfway)
 

@@ -64,14 +64,23 @@ def test_another_seed_gives_other_weights(unbroken: Path) -> None:
 
 
 def test_a_changed_semantic_key_is_refused_with_both_values(unbroken: Path) -> None:
-    done = irkd("train", str(unbroken / "student.yaml"), "name=unbroken", *SETTINGS, "optim.lr=1e-4", check=False)
+    done = irkd(
+        "train", str(unbroken / "student.yaml"), "name=unbroken", *SETTINGS, "optim.lr=1e-4", check=False
+    )
     assert done.returncode == 2
     assert "optim.lr: 0.0003 -> 0.0001" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_operational_keys_may_change(unbroken: Path) -> None:
-    irkd("train", str(unbroken / "student.yaml"), "name=unbroken", *SETTINGS, "data.workers=1", "track.panels=1")
+    irkd(
+        "train",
+        str(unbroken / "student.yaml"),
+        "name=unbroken",
+        *SETTINGS,
+        "data.workers=1",
+        "track.panels=1",
+    )
 
 
 def test_a_damaged_newest_checkpoint_is_skipped_and_said(unbroken: Path) -> None:
@@ -94,7 +103,9 @@ def test_nothing_of_the_teacher_is_in_the_students_checkpoint(unbroken: Path, te
     ours = load_file(newest / checkpoint.STUDENT)
     theirs = load_file(sorted((teacher / "checkpoints").glob("step-*"))[-1] / checkpoint.STUDENT)
     assert not any(
-        a.shape == b.shape and torch.equal(a, b) and a.numel() > 100 for a in ours.values() for b in theirs.values()
+        a.shape == b.shape and torch.equal(a, b) and a.numel() > 100
+        for a in ours.values()
+        for b in theirs.values()
     )
     names = {k.partition(".")[2] for k in load_file(newest / checkpoint.OPTIMIZER)}
     assert names == set(ours)
