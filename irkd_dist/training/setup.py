@@ -292,7 +292,7 @@ def _tap_pairs(
         notes.append("taps (student | teacher): " + ", ".join(f"{s.path} | {t.path}" for s, t in kept))
         if void:
             what = "kept, as strict_paper asks" if spec.strict_paper else "left out of the average"
-            notes.append(f"void taps, no logit depends on their patch tokens: {', '.join(void)}; {what}")
+            notes.append(f"void taps, their map is zero or constant whatever the weights: {', '.join(void)}; {what}")
     return kept, notes
 
 
@@ -324,10 +324,11 @@ def _teacher(
 def _teacher_folders(config: Config, stages: list[Stage], final: Path, notes: list[str]) -> list[Path | None]:
     spec = config.teacher
     assert spec is not None
+    folders: list[Path | None]
     if spec.run is None:
         folders = _no_folders(stages)
     elif spec.schedule == "aligned":
-        folders = _aligned(runs.run_of(Path(spec.run)), len(stages)))
+        folders = [*_aligned(runs.run_of(Path(spec.run)), len(stages))]
     else:
         folders = [final] * len(stages)
     for i, stage in enumerate(stages):
@@ -343,7 +344,7 @@ def _no_folders(stages: list[Stage]) -> list[Path | None]:
     return [None] * len(stages)
 
 
-def _aligned(run: Path, count: int) -> list[Path | None]:
+def _aligned(run: Path, count: int) -> list[Path]:
     found = {int(f.name.removeprefix("step-")): f for f in (run / runs.CHECKPOINTS).glob("step-*")}
     if len(found) < count:
         raise UserError(
@@ -351,7 +352,8 @@ def _aligned(run: Path, count: int) -> list[Path | None]:
             "teacher with checkpoint.keep_epochs=1"
         )
     last = max(found)
-    return [found[min(found, key=lambda step: abs(step - last * (i + 1) / count))] for i in range(count)]
+    nearest = [min(found, key=lambda step, i=i: abs(step - last * (i + 1) / count)) for i in range(count)]
+    return [found[step] for step in nearest]
 
 
 def _digests(folders: list[Path | None]) -> str:
