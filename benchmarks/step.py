@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -43,7 +44,7 @@ def make_step(
     """One training step of a variant, as a function that returns its loss."""
     torch.manual_seed(0)
     autocast = autocast_dtype("auto", device)
-    options = {"classes": 10, "patch": 4, "image_size": 32}
+    options: dict[str, Any] = {"classes": 10, "patch": 4, "image_size": 32}
     student = models.create_model(student_name, **options).to(device)
     teacher = models.create_model("vit_small", **options).to(device)
     images = torch.randn(batch, 3, resolution, resolution, device=device)
@@ -66,7 +67,9 @@ def make_step(
             models.without_fused_attention(student)
         objective = Objective(temperature=TEMPERATURE, taps=tuple(s.path for s, _ in pairs))
         module = Distiller(student, objective, autocast).train()
-        frozen = Teacher(freeze(teacher, autocast, gamma > 0), [t.path for _, t in pairs], "gradient", autocast)
+        frozen = Teacher(
+            freeze(teacher, autocast, gamma > 0), [t.path for _, t in pairs], "gradient", autocast
+        )
         weight = torch.full((batch,), 1 / batch, device=device)
 
         def loss() -> torch.Tensor:
@@ -108,7 +111,9 @@ def spread(values: list[float]) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--resolutions", default="12,32")
     parser.add_argument("--student", default="vit_tiny")
     parser.add_argument("--batch", type=int, default=128)
@@ -151,7 +156,9 @@ def main() -> None:
             f"({ours_over_timm[1]:.2f} to {ours_over_timm[2]:.2f}); saliency takes {saliency_over_kd[0]:.2f}x KD "
             f"({saliency_over_kd[1]:.2f} to {saliency_over_kd[2]:.2f}); peak MiB {memory}"
         )
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
     dtype = autocast_dtype("auto", device)
     print(
         json.dumps(

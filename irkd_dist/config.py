@@ -417,7 +417,7 @@ def _resolutions(config: Config) -> dict[str, int]:
 def _apply(tree: Any, override: str) -> None:
     key, value = _parse_override(override)
     try:
-        OmegaConf.update(tree, key, value, merge=isinstance(value, dict), force_add=True)
+        OmegaConf.update(tree, key, value, merge=False, force_add=True)
     except (OmegaConfBaseException, IndexError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"override {override!r} does not fit: {str(error).splitlines()[0]}") from error
 

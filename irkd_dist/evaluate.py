@@ -109,9 +109,10 @@ def _measure_maps(job: Job, loader: Loader, split: str, size: int, result: dict[
         setup.load_stage_teacher(job, len(job.stages) - 1)
         normalization = job.config.loss.saliency.normalization
         result["agreement"][str(size)] = measure.agreement(student, job.teacher, batches, normalization)
-    if job.manifest.masks:
+    if job.manifest.masks and not job.config.data.centre_crop:
         folder = Path(job.config.data.shards)
-        opened = shards.open_split(folder, job.manifest, split, size, verify="size")
+        stored = size if job.manifest.mode == "resize" else job.manifest.resolutions[-1]
+        opened = shards.open_split(folder, job.manifest, split, stored, verify="size")
         with contextlib.closing(opened):
             hits = [
                 measure.pointing_hits(student.maps(b.images, b.labels), _masks(opened, b.ids))

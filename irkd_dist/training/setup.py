@@ -292,7 +292,9 @@ def _tap_pairs(
         notes.append("taps (student | teacher): " + ", ".join(f"{s.path} | {t.path}" for s, t in kept))
         if void:
             what = "kept, as strict_paper asks" if spec.strict_paper else "left out of the average"
-            notes.append(f"void taps, their map is zero or constant whatever the weights: {', '.join(void)}; {what}")
+            notes.append(
+                f"void taps, their map is zero or constant whatever the weights: {', '.join(void)}; {what}"
+            )
     return kept, notes
 
 
