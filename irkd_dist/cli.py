@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"irkd_dist {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    render = commands.add_parser("render", help="images -> WebDataset shards at every resolution")
+    render = _command(commands, "render", "images -> WebDataset shards at every resolution")
     render.add_argument("source", choices=["parquet", "cifar10", "idx", "folder", "wds", "synthetic"])
     render.add_argument("--path", type=Path, help="where the source's files are (synthetic needs none)")
     render.add_argument("--out", type=Path, required=True, help="folder of the shards")
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     render.set_defaults(call=_render)
 
-    train = commands.add_parser("train", help="train a teacher or a student; the same command resumes")
+    train = _command(commands, "train", "train a teacher or a student; the same command resumes")
     train.add_argument("config", help="YAML file; those that ship with the package are named configs/...")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="or --key=value, as sweeps send it")
     train.add_argument("--print-config", action="store_true", help="show the resolved configuration and stop")
@@ -96,23 +96,27 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", help="shards, if they are not where the run found them")
     evaluate.set_defaults(call=_evaluate)
 
-    report = commands.add_parser("report", help="figures and one self-contained HTML page")
+    report = _command(commands, "report", "figures and one self-contained HTML page")
     report.add_argument(
         "runs", type=Path, nargs="+", metavar="run", help="one run folder, or several to compare"
     )
     report.add_argument("--out", type=Path, help="the page (default: report.html beside what it reports)")
     report.set_defaults(call=_report)
 
-    study = commands.add_parser("study", help="several experiments over several seeds, and their table")
+    study = _command(commands, "study", "several experiments over several seeds, and their table")
     study.add_argument("study", type=Path, help="YAML file, e.g. configs/cifar10/cpu/study.yaml")
     study.add_argument("overrides", nargs="*", metavar="key=value", help="for every run")
     study.add_argument("--out", type=Path, help="Markdown file for the table")
     study.set_defaults(call=_study)
 
-    demo = commands.add_parser("demo", help="the whole job on synthetic images, in minutes")
+    demo = _command(commands, "demo", "the whole job on synthetic images, in minutes")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"))
     demo.set_defaults(call=_demo)
     return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, what: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
 
 
 def _render(arguments: argparse.Namespace) -> int:

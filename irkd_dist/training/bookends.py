@@ -70,6 +70,11 @@ def summarize(job: Job, position: Position, tracker: Tracker) -> dict[str, Any]:
             )  # fmt: skip
     table = summary_table(str(job.folder), ["stage", "epochs", "train", "best val", "last val"], rows)
     tracker.console.print(table)
+    steps = [e for e in events if e["event"] == "train" and "seconds" in e]
+    if steps:
+        seconds = sum(e["seconds"] for e in steps)
+        waited = sum(e["seconds"] * e["data_wait"] for e in steps)
+        tracker.say(f"waiting for images: {waited / seconds:.2%} of {seconds:.0f} s in training steps")
     if "test_accuracy" in summary:
         tracker.say(
             f"test accuracy at {resolution} px: {summary['test_accuracy']:.2%} (best checkpoint), "

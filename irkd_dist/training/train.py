@@ -102,7 +102,8 @@ def _train_epoch(
             started = time.perf_counter()
             _check_finite(means, position.step, stage_lr=lr)
             rates = {"images_per_s": images / seconds, "data_wait": means.pop("wait_s") / seconds, "lr": lr}
-            tracker.event("train", position.step, stage=position.curriculum.stage, **means, **rates)
+            timing = {"seconds": round(seconds, 4), **rates}
+            tracker.event("train", position.step, stage=position.curriculum.stage, **means, **timing)
             tracker.metrics(position.step, {f"train/{k}": v for k, v in (means | rates).items()})
             bar(
                 position.stage_step,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from irkd_dist import config as configuration
 from irkd_dist import evaluate, runs
-from irkd_dist.data import sampler, shards
+from irkd_dist.data import sampler
 from irkd_dist.errors import UserError
 from irkd_dist.training import checkpoint, panels
 from irkd_dist.training.tracking import read_events
@@ -112,7 +112,8 @@ def test_the_loop_computes_what_a_naive_loop_does(student_yaml: Path, teacher: P
 def test_events_tell_the_run(student_yaml: Path) -> None:
     folder, events = run(student_yaml)
     assert [e["event"] for e in events if e["event"] not in ("train", "checkpoint")] == [
-        "start", "teacher", "stage", "evaluation", "evaluation", "transition", "stage", "evaluation", "evaluation", "summary",
+        "start", "teacher", "stage", "evaluation", "evaluation", "transition",
+        "stage", "evaluation", "evaluation", "summary",
     ]  # fmt: skip
     assert of(events, "transition")[0] | {"time": 0} == {
         "event": "transition", "step": 8, "time": 0, "stage": 0, "to": 1, "resolution": 16, "reason": "2 epochs done",
@@ -227,12 +228,13 @@ def test_teacher_checkpoints_by_stage(student_yaml: Path, teacher: Path) -> None
         [
             "student.name=resnet10t",
             "student.patch=null",
+            "student.options={}",
             "loss.saliency.gamma=0",
             "curriculum.stages=[{resolution: 16}]",
         ],
         ["student.distilled=false", "precision=bf16", "data.subset=40"],
         [
-            "student.options={global_pool: avg, class_token: false, fc_norm: false, embed_dim: 32, depth: 2, num_heads: 2}",
+            "student.options={global_pool: avg, class_token: false, fc_norm: false, embed_dim: 32, num_heads: 2}",
             "student.distilled=false",
             "loss.saliency.method=hirescam",
             "loss.saliency.taps=[[norm, last]]",
