@@ -26,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"irkd: error: {line}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"irkd: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("irkd: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -25,6 +25,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 _strict = ConfigDict(extra="forbid")
 
@@ -183,7 +184,7 @@ class Optim:
 
     lr: PositiveFloat = 3e-4
     weight_decay: NonNegativeFloat = 1e-4  # on weights; none on biases, norms, tokens and position embeddings
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     clip: PositiveFloat | None = None  # global gradient norm
     policy: Literal["reset", "carry", "rewarm"] = "reset"
@@ -221,7 +222,7 @@ class Track:
 class Config:
     """One experiment."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     student: Model = field(default_factory=Model)

@@ -13,10 +13,9 @@ from rich.console import Console
 
 from irkd_dist import config as configuration
 from irkd_dist import runs
-from irkd_dist.config import Stage
 from irkd_dist.data import shards
 from irkd_dist.data.loader import Loader
-from irkd_dist.distill import measure
+from irkd_dist.distill import measure, models
 from irkd_dist.errors import UserError
 from irkd_dist.training import checkpoint, distributed, setup
 from irkd_dist.training.setup import Job
@@ -51,11 +50,13 @@ def evaluate(
     manifest = shards.load_manifest(Path(config.data.shards))
     if split not in manifest.splits:
         raise UserError(f"{config.data.shards} has no split {split!r}; it has {', '.join(manifest.splits)}")
-    sizes = resolutions or _default_resolutions(config, manifest)
     engine = distributed.setup(config.precision)
     try:
         job = setup.build(config, engine)
         setup.load_into(job, folder, moments=False)
+        sizes = resolutions or _default_resolutions(job)
+        for size in sizes:
+            _check_resolution(job, size)
         result: dict[str, Any] = {
             "checkpoint": str(folder),
             "split": split,
@@ -64,7 +65,6 @@ def evaluate(
             "pointing": {},
         }
         for size in sizes:
-            _check_resolution(job, size)
             with setup.evaluation_loader(job, split, size) as loader:
                 result["accuracy"][str(size)] = setup.accuracy(job, job.student, loader)
                 _measure_maps(job, loader, split, size, result)
@@ -108,7 +108,11 @@ def _measure_maps(job: Job, loader: Loader, split: str, size: int, result: dict[
     if job.teacher is not None:
         setup.load_stage_teacher(job, len(job.stages) - 1)
         normalization = job.config.loss.saliency.normalization
-        result["agreement"][str(size)] = measure.agreement(student, job.teacher, batches, normalization)
+        seen = batches
+        if setup.full_view(job):
+            with setup.evaluation_loader(job, split, size, full=True) as whole:
+                seen = [replace(b, full=w.images) for b, w in zip(batches, whole.batches(0), strict=False)]
+        result["agreement"][str(size)] = measure.agreement(student, job.teacher, seen, normalization)
     if job.manifest.masks and not job.config.data.centre_crop:
         folder = Path(job.config.data.shards)
         stored = size if job.manifest.mode == "resize" else job.manifest.resolutions[-1]
@@ -126,18 +130,31 @@ def _masks(opened: shards.Split, ids: Any) -> torch.Tensor:
     return torch.stack([shards.decode(m, "png")[0] > 127 for m in encoded if m is not None])
 
 
-def _default_resolutions(config: configuration.Config, manifest: shards.Manifest) -> list[int]:
-    if manifest.mode == "resize":
-        return list(manifest.resolutions)
-    return sorted({s.resolution for s in configuration.stages(config)})
+def _default_resolutions(job: Job) -> list[int]:
+    stages = {s.resolution for s in job.stages}
+    if job.manifest.mode == "crop":
+        return sorted(stages)
+    patches = _patches(job).values()
+    return [r for r in job.manifest.resolutions if r in stages or not any(r % p for p in patches)]
+
+
+def _patches(job: Job) -> dict[str, int]:
+    """Patch sizes that a resolution must be a multiple of, by role."""
+    sizes = {"student": models.patch_size(job.student)}
+    if job.teacher is not None and not setup.full_view(job):
+        sizes["teacher"] = models.patch_size(job.teacher.model)
+    return {role: size for role, size in sizes.items() if size is not None}
 
 
 def _check_resolution(job: Job, size: int) -> None:
     if job.manifest.mode == "resize" and size not in job.manifest.resolutions:
         rendered = ", ".join(map(str, job.manifest.resolutions))
         raise UserError(f"--resolutions {size}: {job.config.data.shards} was rendered at {rendered} px")
-    probe = replace(job.config, fixed=None, curriculum=configuration.Curriculum([Stage(size, 1)]))
-    configuration.check(probe)
+    if size < 1:
+        raise UserError(f"--resolutions {size} is no size in pixels")
+    for role, patch in _patches(job).items():
+        if size % patch:
+            raise UserError(f"--resolutions {size} is not a multiple of patch size {patch} ({role})")
 
 
 def _write(folder: Path, result: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from yaml import YAMLError
 
 from irkd_dist import __version__, runs
 from irkd_dist import config as configuration
@@ -62,8 +63,8 @@ def load(path: Path) -> Study:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"{file}: {key}: {first['msg'].lower()} (a study has {_keys()})") from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"{file}: {error}") from error
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from error
 
 
 def run(study: Study, overrides: list[str], out: Path | None, command: str) -> str:
@@ -110,6 +111,8 @@ def _result(path: str, name: str, seed: int | None, overrides: list[str]) -> Res
     config = configuration.load(path, arguments[2:])
     events = read_events(runs.folder_of(config))
     summary = next(e for e in reversed(events) if e["event"] == "summary")
+    if "test_accuracy" not in summary:
+        raise UserError(f"{config.data.shards} has no test split, and a study's table needs one")
     return Result(name, config.seed, " ".join(["irkd", *arguments]), summary)
 
 

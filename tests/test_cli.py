@@ -107,3 +107,31 @@ def test_wrong_input_is_one_line_and_code_2(arguments: list[str], message: str) 
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(b"a: [", "did not find"), (b"- 1", "input should be"), (b"\xff\xfe\x00", "codec")]
+)
+def test_a_study_that_cannot_be_read_is_one_line(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "study.yaml").write_bytes(text)
+    done = irkd("study", str(tmp_path / "study.yaml"), check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_file_in_the_way_is_one_line(student_run: Path) -> None:
+    (student_run / "events.jsonl").mkdir(parents=True)
+    done = irkd("train", str(student_run.parent / "a.yaml"), "name=a", check=False)
+    assert done.returncode == 2
+    assert "Is a directory" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def student_run(shapes: Path, tmp_path: Path) -> Path:
+    """The run folder to be of a configuration beside it."""
+    (tmp_path / "a.yaml").write_text(
+        f"data: {{shards: {shapes}}}\nfixed: {{resolution: 8, epochs: 1}}\nout: {tmp_path}\n"
+    )
+    return tmp_path / "a"

@@ -69,6 +69,8 @@ def test_overrides_in_both_forms_with_every_kind_of_value(base: Path, dashes: st
         (["teacher.view=full"], "teacher needs either run"),
         (["student.distilled=true"], "nothing teaches the distillation token"),
         (["seed"], "is not of the form key=value"),
+        (["optim.betas=[1.0,0.9]"], "optim.betas[0]=1.0: input should be less than 1"),
+        (["seed=99999999999999999999"], "seed=99999999999999999999: input should be less than"),
     ],
 )  # fmt: skip
 def test_refusals_name_key_value_and_what_would_be_right(

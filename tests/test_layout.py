@@ -42,7 +42,7 @@ def test_each_engine_and_tracker_has_one_door(library: str) -> None:
 
 def test_data_and_distill_know_nothing_of_training() -> None:
     for folder in ("data", "distill"):
-        for file in (PACKAGE / folder).glob("*.py"):
+        for file in (PACKAGE / folder).rglob("*.py"):
             assert not any(
                 n.startswith("irkd_dist.training") or n == "irkd_dist.config" for n in imports(file)
             ), file

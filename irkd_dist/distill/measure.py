@@ -15,11 +15,15 @@ from irkd_dist.distill.teacher import Teacher
 
 
 class Labelled(Protocol):
-    """The part of a batch that is read here: images (B, 3, r, r), labels (B,), weight (B,) with 0 for padding."""
+    """The part of a batch that is read here: images (B, 3, r, r), labels (B,), weight (B,) with 0 for padding.
+
+    full (B, 3, R, R): what the teacher sees, if not the images.
+    """
 
     images: Tensor
     labels: Tensor
     weight: Tensor
+    full: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ def agreement(
         if not len(images):
             continue
         ours = student.maps(images, labels)
-        theirs = teacher(images, labels, aligned=len(images), logits=False).maps or []
+        view = images if batch.full is None else batch.full[real]
+        theirs = teacher(view, labels, aligned=len(view), logits=False).maps or []
         theirs = [saliency.resize_map(t, o.shape[1]) for t, o in zip(theirs, ours, strict=True)]
         loss += float(saliency.saliency_loss(ours, theirs, normalization)[0].sum())
         count += len(images)

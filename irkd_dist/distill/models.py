@@ -82,7 +82,7 @@ def create_model(
     arguments |= options or {}
     try:
         model = timm.create_model(architecture, pretrained=pretrained, **arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError) as error:
         raise UserError(f"timm cannot create {architecture!r} with {arguments}: {error}") from error
     if distilled != is_distilled(model):
         has = "has" if is_distilled(model) else "has no"

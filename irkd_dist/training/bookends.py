@@ -98,8 +98,9 @@ def probe_teacher(job: Job, tracker: Tracker, position: Position) -> list[float]
     """Measure and print the teacher's accuracy at each stage's resolution; returns its competence by stage."""
     if job.teacher is None or position.finished:
         return [1.0] * len(job.stages)
-    full = job.config.teacher is not None and job.config.teacher.view == "full"
+    full = setup.full_view(job)
     split, accuracies = setup.held_out(job.manifest), []
+    tracker.say(f"measuring the teacher on the {split} split at each stage's resolution")
     for i, stage in enumerate(job.stages):
         setup.load_stage_teacher(job, i)
         key = (stage.resolution, job.teacher_folders[i])

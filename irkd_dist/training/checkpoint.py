@@ -67,6 +67,8 @@ def load_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is no checkpoint: it has no {STATE}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / STATE} cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{folder / STATE} is altered: it holds no mapping")
     if state.get("version") != FORMAT_VERSION:
         raise UserError(
             f"{folder} is of checkpoint version {state.get('version')}; this release reads {FORMAT_VERSION}"
@@ -106,9 +108,13 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def prune(folder: Path, keep: int, always: set[str]) -> None:
-    """Delete all but the newest `keep` checkpoints and those named in `always`."""
-    for old in sorted(folder.glob("step-*"), reverse=True)[keep:]:
+def prune(folder: Path, present: str, keep: int, always: set[str]) -> None:
+    """Delete all but the newest `keep` checkpoints up to `present` and those named in `always`.
+
+    A later one than the present is damaged, else the run would have gone on from it: it takes no whole one's place.
+    """
+    ours = sorted((f for f in folder.glob("step-*") if f.name <= present), reverse=True)
+    for old in ours[keep:]:
         if old.name not in always:
             shutil.rmtree(old, ignore_errors=True)
     for unfinished in folder.glob(".writing-*"):
@@ -124,7 +130,7 @@ def prune_all_but(folder: Path, names: set[str]) -> None:
 
 def _read(file: Path, state: dict[str, Any]) -> dict[str, Tensor]:
     try:
-        if hashlib.sha256(file.read_bytes()).hexdigest() != state["sha256"][file.name]:
+        if hashlib.sha256(file.read_bytes()).hexdigest() != state.get("sha256", {}).get(file.name):
             raise UserError(f"{file} is altered or truncated: its checksum differs from the one in {STATE}")
         return load_file(file)
     except FileNotFoundError:

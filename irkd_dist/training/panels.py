@@ -39,11 +39,18 @@ def save(job: Job, loader: Loader, stage: int, epoch: int, resolution: int) -> N
         "student": average(setup.tapped_student(job).maps(images, labels)),
     }
     if job.teacher is not None:
-        maps = job.teacher(images, labels, aligned=len(images), logits=False).maps
+        view = images
+        if setup.full_view(job):
+            with setup.evaluation_loader(job, setup.held_out(job.manifest), resolution, full=True) as whole:
+                view = next(iter(whole.batches(0))).images[:count]
+        maps = job.teacher(view, labels, aligned=len(view), logits=False).maps
         arrays["teacher"] = average(maps or [])
     folder = job.folder / FOLDER
     folder.mkdir(exist_ok=True)
-    np.savez_compressed(folder / f"stage-{stage:02d}-epoch-{epoch:03d}.npz", allow_pickle=False, **arrays)
+    file = folder / f"stage-{stage:02d}-epoch-{epoch:03d}.npz"
+    temporary = folder / f".{file.name}"
+    np.savez_compressed(temporary, allow_pickle=False, **arrays)
+    temporary.rename(file)
 
 
 def load(run: Path) -> list[tuple[int, int, dict[str, np.ndarray]]]:

@@ -36,7 +36,7 @@ class Position:
     stage_step: int = 0  # steps done in the present stage
     finished: bool = False
     stage_bests: list[str] = field(default_factory=list)  # best checkpoint of each ended stage
-    sums: list[float] = field(default_factory=list)  # loss terms of the present epoch so far
+    sums: list[float] = field(default_factory=list)  # loss terms of the epoch so far; saved: of all processes
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,6 +109,7 @@ def build(config: Config, engine: Engine) -> Job:
         saliency.normalization,
         tuple(taps),
     )
+    _check_forward(config, manifest, stages, student, taps, teacher)
     distiller = Distiller(student, objective, engine.autocast, distributed.inner_grad_context())
     groups = optim.parameter_groups(student, config.optim.weight_decay)
     # fused: one pass over each tensor, the same arithmetic on every device
@@ -164,6 +165,11 @@ def accuracy(job: Job, model: nn.Module, loader: loading.Loader) -> float:
     return right / count
 
 
+def full_view(job: Job) -> bool:
+    """Whether the teacher sees the full-resolution image."""
+    return job.config.teacher is not None and job.config.teacher.view == "full"
+
+
 def held_out(manifest: shards.Manifest) -> str:
     """The split that stages are judged by."""
     return "val" if "val" in manifest.splits else "test"
@@ -192,7 +198,7 @@ def resume(job: Job) -> tuple[Position, list[str]]:
     folder, skipped = checkpoint.newest(job.folder / runs.CHECKPOINTS)
     if folder is None:
         return Position(), skipped
-    state = load_into(job, folder)
+    state = checkpoint.load_state(folder)
     changed = configuration.semantic_difference(state["config"], job.identity["config"])
     for key, name in (("data_digest", "data"), ("teacher_digest", "teacher")):
         if state[key] != job.identity[key]:
@@ -202,7 +208,11 @@ def resume(job: Job) -> tuple[Position, list[str]]:
             f"{job.folder} was started with another configuration: {'; '.join(changed)}. Give the run another name "
             f"(name=...), or restore these"
         )
-    return Position.from_state(state), skipped
+    load_into(job, folder)
+    position = Position.from_state(state)
+    if not job.engine.main:
+        position.sums = []  # they are the sums over all processes, and are summed again
+    return position, skipped
 
 
 def load_into(job: Job, folder: Path, moments: bool = True) -> dict[str, Any]:
@@ -269,6 +279,37 @@ def _check_shards(config: Config, manifest: shards.Manifest, stages: list[Stage]
     for resolution in stored:  # now, not in the fifth stage of a long run
         for split in ("train", held_out(manifest)):
             shards.open_split(data, manifest, split, resolution, verify=config.data.verify).close()
+
+
+def _check_forward(
+    config: Config, manifest: shards.Manifest, stages: list[Stage], student: nn.Module, taps: list[str],
+    teacher: Teacher | None,
+) -> None:  # fmt: skip
+    """One blank image through student and teacher at every resolution: what timm refuses, it refuses now."""
+    method, classes = config.loss.saliency.method, len(manifest.classes)
+    full = config.teacher is not None and config.teacher.view == "full"
+    label = torch.zeros(1, dtype=torch.long)
+    for resolution in sorted({s.resolution for s in stages}):
+        image, role = torch.zeros(1, 3, resolution, resolution), f"student.name={config.student.name}"
+        try:
+            training = student.training
+            with torch.no_grad():
+                logits = models.inference_logits(student.eval()(image))
+            student.train(training)
+            if taps:
+                TappedModel(student, taps, method).maps(image, label)
+            if teacher is not None:
+                role, side = "the teacher", max(manifest.resolutions) if full else resolution
+                device = next(teacher.model.parameters()).device
+                view = torch.zeros(1, 3, side, side, device=device)
+                teacher(view, label.to(device), aligned=1 if teacher.paths else 0)
+        except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"{role} cannot take images at the stage of {resolution} px: {reason}") from error
+        if logits.shape[1:] != (classes,):
+            raise UserError(
+                f"student.options: the model gives logits {tuple(logits.shape[1:])}, the shards have {classes} classes"
+            )
 
 
 def _tap_pairs(

@@ -132,6 +132,8 @@ def read_events(run: Path) -> list[dict[str, Any]]:
             event = json.loads(line)
         except ValueError:
             continue
+        if not isinstance(event, dict) or "event" not in event:
+            continue
         if event["event"] == "start":
             events = []
         if event["event"] == "resume":
@@ -168,15 +170,21 @@ def _wandb(
     id_file = run / "wandb-id.txt"
     identity = id_file.read_text().strip() if id_file.exists() else None
     # a preempted run goes on under its own id; a sweep's agent gives one by environment, which wandb reads itself
-    handle = wandb.init(
-        project=project,
-        name=name,
-        config=config,
-        dir=run,
-        mode=mode,
-        id=identity,
-        resume="allow",  # type: ignore[arg-type]
-    )
+    try:
+        handle = wandb.init(
+            project=project,
+            name=name,
+            config=config,
+            dir=run,
+            mode=mode,
+            id=identity,
+            resume="allow",  # type: ignore[arg-type]
+        )
+    except wandb.Error as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"track.mode={mode}: W&B does not start: {reason} (offline needs no account)"
+        ) from error
     id_file.write_text(handle.id)
     return handle
 

@@ -109,8 +109,9 @@ def _train_epoch(
                 position.stage_step,
                 _bar_text(means, rates["images_per_s"], position.curriculum.best_accuracy),
             )
-        if _checkpoint_due(config, position, saved):
-            position.sums = sums.tolist()
+        if position.epoch_step < loader.steps_per_epoch and _checkpoint_due(job, position, saved):
+            position.sums = distributed.total(engine, sums.clone()).tolist()
+            _check_finite(_means_of(job, position.sums)[0], position.step, stage_lr=lr)
             _checkpoint(job, position, tracker)
             saved = time.perf_counter()
     position.sums = sums.tolist()
@@ -227,8 +228,12 @@ def _row(terms: dict[str, Tensor], batch: Batch, loader: Loader, like: Tensor) -
 
 
 def _means(job: Job, sums: Tensor) -> tuple[dict[str, float], int]:
-    """Means over steps and processes of summed rows, and the number of images."""
-    row = dict(zip(TERMS, distributed.total(job.engine, sums).tolist(), strict=True))
+    """Means over steps and processes of each process's summed rows, and the number of images."""
+    return _means_of(job, distributed.total(job.engine, sums).tolist())
+
+
+def _means_of(job: Job, totals: list[float]) -> tuple[dict[str, float], int]:
+    row = dict(zip(TERMS, totals, strict=True))
     steps = max(row["steps"], 1.0)  # summed over the processes, as are the terms
     means = {k: row[k] / steps for k in ("total", "ce")}
     saliency = job.config.loss.saliency
@@ -257,12 +262,14 @@ def _bar_text(means: dict[str, float], rate: float, best: float) -> str:
     return f"{terms}  {rate:.0f} img/s" + (f"  val {best:.2%}" if best >= 0 else "")
 
 
-def _checkpoint_due(config: Config, position: Position, saved: float) -> bool:
-    spec = config.checkpoint
-    by_steps = spec.every_steps is not None and position.step % spec.every_steps == 0
-    return by_steps or (
-        spec.every_minutes is not None and time.perf_counter() - saved > 60 * spec.every_minutes
-    )
+def _checkpoint_due(job: Job, position: Position, saved: float) -> bool:
+    spec = job.config.checkpoint
+    if spec.every_steps is not None and position.step % spec.every_steps == 0:
+        return True
+    if spec.every_minutes is None:
+        return False
+    # clocks differ between processes, and all must save at the same step: rank 0's counts
+    return distributed.broadcast(job.engine, time.perf_counter() - saved > 60 * spec.every_minutes)
 
 
 def _checkpoint(job: Job, position: Position, tracker: Tracker) -> None:
@@ -272,10 +279,23 @@ def _checkpoint(job: Job, position: Position, tracker: Tracker) -> None:
     if job.engine.main:
         spec = job.config.checkpoint
         kept = _milestones(job.folder / runs.CHECKPOINTS, position, spec.keep_epochs)
-        checkpoint.prune(job.folder / runs.CHECKPOINTS, spec.keep, kept)
+        checkpoint.prune(job.folder / runs.CHECKPOINTS, name, spec.keep, kept)
         bests = {Path(b).name for b in [*position.stage_bests, position.curriculum.best_checkpoint] if b}
+        bests |= _bests_of(job.folder / runs.CHECKPOINTS, spec.keep)
         checkpoint.prune_all_but(job.folder / runs.BEST, bests)
     tracker.event("checkpoint", position.step, name=name, seconds=round(time.perf_counter() - started, 4))
+
+
+def _bests_of(folder: Path, newest: int) -> set[str]:
+    """Names of the best checkpoints that the newest ones count on: a resume may have to fall back to any of them."""
+    names = set()
+    for kept in sorted(folder.glob("step-*"), reverse=True)[:newest]:
+        try:
+            best = checkpoint.load_state(kept)["curriculum"]["best_checkpoint"]
+        except (UserError, KeyError):
+            continue  # damaged: nothing will go on from it
+        names |= {Path(best).name} if best else set()
+    return names
 
 
 def _milestones(folder: Path, position: Position, every: int | None) -> set[str]:

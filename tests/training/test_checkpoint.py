@@ -52,7 +52,7 @@ def test_an_unfinished_write_is_never_taken(tmp_path: Path) -> None:
     good = write(tmp_path, 1)
     (tmp_path / ".writing-step-00000009").mkdir()
     assert checkpoint.newest(tmp_path) == (good, [])
-    checkpoint.prune(tmp_path, 1, set())
+    checkpoint.prune(tmp_path, checkpoint.name(1), 1, set())
     assert not (tmp_path / ".writing-step-00000009").exists()
 
 
@@ -67,8 +67,23 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
 def test_prune_keeps_the_newest_and_the_named(tmp_path: Path) -> None:
     for step in range(6):
         write(tmp_path, step)
-    checkpoint.prune(tmp_path, 2, {checkpoint.name(1)})
+    checkpoint.prune(tmp_path, checkpoint.name(5), 2, {checkpoint.name(1)})
     assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.name(s) for s in (1, 4, 5)]
+
+
+def test_damaged_later_checkpoints_take_no_whole_ones_place(tmp_path: Path) -> None:
+    for step in (1, 2, 8, 9):  # 8 and 9 are damaged: the run went on from 1
+        write(tmp_path, step)
+    checkpoint.prune(tmp_path, checkpoint.name(2), 1, set())
+    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.name(s) for s in (2, 8, 9)]
+
+
+@pytest.mark.parametrize("text", ["[]", '{"version": 1}'])
+def test_an_altered_state_is_named(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, 1)
+    (path / checkpoint.STATE).write_text(text)
+    with pytest.raises(UserError, match="altered"):
+        checkpoint.load(path)
 
 
 def limit_file_size() -> None:

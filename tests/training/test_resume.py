@@ -115,3 +115,20 @@ def test_the_teachers_run_is_untouched(unbroken: Path, teacher: Path) -> None:
     assert unbroken.exists()
     for folder in (teacher / "checkpoints").glob("step-*"):
         checkpoint.load(folder)  # compares the checksums
+
+
+def test_two_processes_go_on_with_the_epochs_sums(student_yaml: Path) -> None:
+    key = ("checkpoint.every_minutes=1e-9", "curriculum.epochs=1")  # clocks differ: rank 0's decides
+    irkd("train", str(student_yaml), *key, "name=whole", world=2)
+    done = irkd(
+        "train", str(student_yaml), *key, "name=killed", world=2, env={"IRKD_FAULT": "sigkill@2"}, check=False
+    )
+    assert done.returncode != 0
+    irkd("train", str(student_yaml), *key, "name=killed", world=2)
+    told = [
+        [e for e in read_events(student_yaml.parent / name) if e["event"] == "evaluation"]
+        for name in ("whole", "killed")
+    ]
+    for whole, killed in zip(*told, strict=True):
+        assert killed["images"] == whole["images"] == 110
+        assert killed["train"]["total"] == pytest.approx(whole["train"]["total"], rel=1e-5)

@@ -373,3 +373,67 @@ def test_a_patch_grid_that_does_not_fit(student_yaml: Path, teacher: Path) -> No
 def test_a_diverging_run_says_so(student_yaml: Path) -> None:
     with pytest.raises(UserError, match=r"lower optim.lr"):
         run(student_yaml, "optim.lr=1e30", "loss.saliency.gamma=0")
+
+
+def test_a_full_view_reaches_panels_and_agreement(shapes: Path, student_yaml: Path) -> None:
+    file = student_yaml.parent / "coarse.yaml"
+    file.write_text(
+        f"data: {{shards: {shapes}}}\nfixed: {{resolution: 16, epochs: 1}}\nprecision: fp32\nout: {file.parent}\n"
+        "student: {patch: 8, options: {embed_dim: 32, depth: 3, num_heads: 2}}\n"
+    )
+    teacher, _ = run(file, name="coarse")
+    assert set(evaluate.evaluate(teacher)["accuracy"]) == {"8", "16"}  # 12 is no multiple of 8
+    with pytest.raises(UserError, match="12 is not a multiple of patch size 8"):
+        evaluate.evaluate(teacher, resolutions=[12])
+    folder, _ = run(student_yaml, f"teacher.run={teacher}", "teacher.view=full", "curriculum.epochs=1")
+    assert panels.load(folder)[0][2]["teacher"].shape == (2, 2, 2)
+    assert set(evaluate.evaluate(folder)["agreement"]) == {"8", "12", "16"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["student.options.num_heads=0"], "timm cannot create"),
+        (["student.options.in_chans=1"], "cannot take images at the stage of 12 px"),
+        (["student.options.num_classes=5"], "5,.*10 classes"),
+        (["loss.saliency.taps=[head]"], "cannot take images"),
+    ],
+)
+def test_a_model_that_cannot_run_is_refused_before(
+    student_yaml: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(student_yaml, *overrides)
+    assert not (student_yaml.parent / "run").exists()
+
+
+def test_another_model_in_the_same_run_is_named_by_its_key(student_yaml: Path) -> None:
+    run(student_yaml, "curriculum.epochs=1")
+    with pytest.raises(UserError, match=r"student\.options\.depth: 3 -> 2"):
+        run(student_yaml, "curriculum.epochs=1", "student.options.depth=2")
+
+
+def test_bests_that_a_fallback_needs_stay(student_yaml: Path) -> None:
+    folder, _ = run(student_yaml, "checkpoint.keep=9")
+    for kept in (folder / "checkpoints").glob("step-*"):
+        best = checkpoint.load_state(kept)["curriculum"]["best_checkpoint"]
+        assert best is None or (folder / best / checkpoint.STATE).is_file()
+
+
+def test_no_loss_that_is_not_finite_is_checkpointed(student_yaml: Path) -> None:
+    with pytest.raises(UserError, match="the loss is nan"):
+        run(student_yaml, "optim.lr=1e30", "checkpoint.every_steps=1", "track.log_every=1000")
+    assert len(list((student_yaml.parent / "run" / "checkpoints").glob("step-*"))) <= 1
+
+
+def test_wandb_without_an_account_is_one_line(student_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("NETRC", str(student_yaml.parent / "none"))
+    with pytest.raises(UserError, match=r"track\.mode=online"):
+        run(student_yaml, "track.backend=wandb", "track.mode=online")
+
+
+def test_events_that_are_no_mappings_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('[1]\n{"event": "start", "step": 0}\n7\n')
+    assert read_events(tmp_path) == [{"event": "start", "step": 0}]

@@ -1,0 +1,134 @@
+"""Parquet files in the Hugging Face layout."""
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from irkd_dist.data.sources.base import Raw, Source
+from irkd_dist.data.sources.common import by_split, fingerprint, numbered, one_line
+from irkd_dist.errors import UserError
+
+
+def open_parquet(path: Path, image_column: str | None, label_column: str | None) -> Source:
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    if not files:
+        raise UserError(f"--path {path} holds no *.parquet file")
+    splits = by_split(files, path)
+    labels: dict[str, np.ndarray] = {}
+    schema, image, label = None, "", ""
+    for split, members in splits.items():
+        columns = []
+        for file in members:
+            with _reading(file):
+                table = pq.ParquetFile(file)
+                if schema is None:
+                    schema = table.schema_arrow
+                    image = image_column or _image_column(schema, file)
+                    label = label_column or _label_column(schema, file)
+                _check_columns(table.schema_arrow, (image, label), file)
+                columns.append(_label_values(table, label, file))
+        labels[split] = np.concatenate(columns)
+    for split in [s for s, values in labels.items() if values.size and (values == -1).all() and s != "train"]:
+        print(f"irkd: {path}: split {split} has no labels (all -1) and is left out")
+        del labels[split], splits[split]
+    assert schema is not None
+    return Source(
+        kind="parquet",
+        name=path.resolve().stem if path.is_file() else path.resolve().name,
+        classes=_feature_names(schema, label) or numbered(labels.values()),
+        labels=labels,
+        masks=False,
+        fingerprint=fingerprint("parquet", image, label, containers=files),
+        read=functools.partial(_read, {s: tuple(m) for s, m in splits.items()}, image),
+    )
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Errors of pyarrow and of the system become one that names the file."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"cannot read {file}: {one_line(error)}") from error
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """Hugging Face's description of the columns, {} where there is none."""
+    try:
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        return dict(info["info"]["features"])
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _feature_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
+    feature = _features(schema).get(label)
+    names = feature.get("names") if isinstance(feature, dict) else None
+    return tuple(map(str, names)) if names else None
+
+
+def _image_column(schema: pa.Schema, file: Path) -> str:
+    def is_image(field: pa.Field) -> bool:
+        return pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
+
+    return _one_column([f.name for f in schema if is_image(f)], schema, file, "image", "struct{bytes, path}")
+
+
+def _label_column(schema: pa.Schema, file: Path) -> str:
+    features = _features(schema)
+    named = [n for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"]
+    plain = [f.name for f in schema if pa.types.is_integer(f.type) and not f.name.startswith("__")]
+    return _one_column(named or plain, schema, file, "label", "integer")
+
+
+def _one_column(found: list[str], schema: pa.Schema, file: Path, what: str, type_name: str) -> str:
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(
+            f"{file} has {len(found)} {what} columns: choose with --{what}-column {'|'.join(found)}"
+        )
+    columns = ", ".join(f"{f.name} ({f.type})" for f in schema)
+    raise UserError(f"{file} has no {what} column ({type_name}); its columns: {columns}")
+
+
+def _check_columns(schema: pa.Schema, columns: tuple[str, str], file: Path) -> None:
+    for column, option in zip(columns, ("--image-column", "--label-column"), strict=True):
+        if column not in schema.names:
+            raise UserError(f"{file} has no column {column!r} ({option}); it has {', '.join(schema.names)}")
+
+
+def _label_values(table: Any, label: str, file: Path) -> np.ndarray:
+    column = table.read(columns=[label]).column(0)
+    if not pa.types.is_integer(column.type):
+        raise UserError(f"{file}: label column {label!r} is {column.type}, not integer; see --label-column")
+    if column.null_count:
+        raise UserError(f"{file}: label column {label!r} has {column.null_count} empty values")
+    return column.to_numpy().astype(np.int64)
+
+
+def _read(
+    files: dict[str, tuple[Path, ...]], image: str, split: str, indices: Sequence[int]
+) -> Iterator[Raw]:
+    wanted, first = np.asarray(indices, dtype=np.int64), 0
+    for file in files[split]:
+        with _reading(file):
+            table = pq.ParquetFile(file)
+            groups = [table.metadata.row_group(g).num_rows for g in range(table.num_row_groups)]
+        for group, rows in enumerate(groups):
+            here = wanted[(wanted >= first) & (wanted < first + rows)] - first
+            if here.size:
+                with _reading(file):
+                    column = table.read_row_group(group, columns=[image]).column(0)
+                for row in here:
+                    value = column[int(row)].as_py()
+                    data = value.get("bytes") if isinstance(value, dict) else value
+                    yield Raw(f"{file.name} row {first + int(row)}", data if isinstance(data, bytes) else b"")
+            first += rows
