@@ -22,7 +22,7 @@ from irkd_dist.training import bookends, checkpoint, curriculum, distributed, op
 from irkd_dist.training.setup import Job, Position
 from irkd_dist.training.tracking import Tracker
 
-TERMS = ("total", "ce", "kd", "saliency", "correct", "flat", "samples", "steps", "wait_s")
+TERMS = ("total", "ce", "kd", "saliency", "correct", "flat", "samples", "steps", "aligned", "wait_s")
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -222,7 +222,10 @@ def _stage_weights(job: Job, skill: list[float], stage: int) -> tuple[float, flo
 
 def _row(terms: dict[str, Tensor], batch: Batch, loader: Loader, like: Tensor) -> Tensor:
     own = (batch.weight > 0).sum()
-    values = {**terms, "samples": own, "steps": like.new_ones(()), "wait_s": like.new_tensor(loader.wait_s)}
+    one = like.new_ones(())
+    values = {**terms, "samples": own, "steps": one, "wait_s": like.new_tensor(loader.wait_s)}
+    if "saliency" in terms:
+        values["aligned"] = one
     loader.wait_s = 0.0
     return torch.stack([values[k].detach().float() if k in values else like.new_zeros(()) for k in TERMS])
 
@@ -236,11 +239,11 @@ def _means_of(job: Job, totals: list[float]) -> tuple[dict[str, float], int]:
     row = dict(zip(TERMS, totals, strict=True))
     steps = max(row["steps"], 1.0)  # summed over the processes, as are the terms
     means = {k: row[k] / steps for k in ("total", "ce")}
-    saliency = job.config.loss.saliency
     if job.config.loss.kd.alpha:
         means["kd"] = row["kd"] / steps
-    if saliency.gamma:
-        means |= {"saliency": row["saliency"] / steps * saliency.every, "flat_maps": row["flat"] / steps}
+    if job.config.loss.saliency.gamma:
+        aligned = max(row["aligned"], 1.0)  # steps at which it was computed
+        means |= {"saliency": row["saliency"] / aligned, "flat_maps": row["flat"] / aligned}
     means |= {
         "accuracy": row["correct"] / max(row["samples"], 1.0),
         "wait_s": row["wait_s"] / job.engine.world,
