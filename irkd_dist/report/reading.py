@@ -13,7 +13,7 @@ import numpy as np
 
 from irkd_dist import config as configuration
 from irkd_dist import runs
-from irkd_dist.config import Config, ResolvedStage
+from irkd_dist.config import Config, Stage
 from irkd_dist.data import shards
 from irkd_dist.errors import UserError
 from irkd_dist.evaluate import RESULT
@@ -39,7 +39,7 @@ class Run:
     notices: list[str]  # what a reader must know about the record itself
 
     @property
-    def stages(self) -> list[ResolvedStage]:
+    def stages(self) -> list[Stage]:
         """The stages as configured, reached or not."""
         return configuration.stages(self.config)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from datetime import UTC, datetime
-from typing import Any
 
 from irkd_dist import config as configuration
 from irkd_dist.config import Config
@@ -148,6 +147,12 @@ def comparison_table(found: list[Run]) -> list[Row]:
     return rows
 
 
+def columns(rows: list[Row]) -> list[str]:
+    """All columns that a row has, in the order of the fullest row."""
+    fullest_first = sorted(rows, key=len, reverse=True)
+    return list(dict.fromkeys(name for row in fullest_first for name in row))
+
+
 def duration(seconds: float) -> str:
     """`42 s`, `3 min 07 s`, `2 h 05 min`."""
     if seconds < 60:
@@ -190,8 +195,9 @@ def _loss(config: Config) -> str:
 
 def _stages(run: Run) -> str:
     epochs = [str(s.epochs) for s in run.stages]
-    each = f"{epochs[0]} epochs each" if len({*epochs}) == 1 else f"{' + '.join(epochs)} epochs"
-    return f"{' → '.join(str(s.resolution) for s in run.stages)} px, {each}"
+    each = " each" if len(epochs) > 1 and len({*epochs}) == 1 else ""
+    count = epochs[0] if each else " + ".join(epochs)
+    return f"{' → '.join(str(s.resolution) for s in run.stages)} px, {count} epochs{each}"
 
 
 def _optimizer(run: Run) -> str:
@@ -199,11 +205,3 @@ def _optimizer(run: Run) -> str:
     text = f"AdamW, learning rate {spec.lr:g} ({spec.schedule.kind.replace('_', ' ')})"
     text += f", weight decay {spec.weight_decay:g}"
     return text + (f"; at a new stage: {spec.policy}" if len(run.stages) > 1 else "")
-
-
-def columns(rows: list[Row]) -> list[str]:
-    """All columns that a row has, in the order of the fullest row."""
-    names: dict[str, Any] = {}
-    for row in sorted(rows, key=len, reverse=True):
-        names |= dict.fromkeys(row)
-    return list(names)
