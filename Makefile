@@ -1,10 +1,10 @@
-# make demo: the whole job on synthetic images; make test: every test; make lint: style and types.
+# make demo: the whole job on synthetic images; make test: every test; make chaos: faults, on and on; make lint: style and types.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format clean env
+.PHONY: demo test chaos lint format clean env
 env: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -19,6 +19,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+FAULTS ?= 200
+SEED ?= 7
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos --faults $(FAULTS) --seed $(SEED)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

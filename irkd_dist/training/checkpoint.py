@@ -145,8 +145,12 @@ class Writer:
                     save(folder, content.student, content.optimizer, content.state)
                     del self._owed[0]
                 order.afterwards()
-            except (UserError, OSError) as failure:
+            except UserError as failure:
                 error = str(failure)
+            except (
+                Exception
+            ) as failure:  # whatever it is: a thread that ends would let the training wait for ever
+                error = f"cannot write checkpoint {order.name}: {failure!r}"
             self._done.put(Written(order.name, order.step, time.perf_counter() - started, error))
             self._orders.task_done()
         self._orders.task_done()

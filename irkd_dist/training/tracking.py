@@ -171,15 +171,23 @@ def read_decisions(run: Path, config: str) -> dict[int, dict[str, Any]]:
 
 
 class SampleLog:
-    """Writes the samples of each step of each rank to `rank-00000.jsonl`, if it is asked to."""
+    """Writes the samples of each step of each rank to `rank-00000.jsonl`, if it is asked to.
 
-    def __init__(self, folder: Path, rank: int, world: int, step: int, asked: bool) -> None:
+    Args:
+        folder: where.
+        rank: of this process.
+        started: seconds since 1970 when this start of the run began, the same on every rank.
+        step: that it goes on from.
+        asked: whether to write at all.
+    """
+
+    def __init__(self, folder: Path, rank: int, started: float, step: int, asked: bool) -> None:
         self._file: Any = None
-        self._start = {"start": step, "world": world, "time": round(time.time(), 3)}
+        self._started = started
         if asked:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = (folder / f"rank-{rank:05d}.jsonl").open("a")
-            self._line(self._start)
+            self.go_on_from(step)
 
     def __enter__(self) -> SampleLog:
         return self
@@ -188,14 +196,39 @@ class SampleLog:
         if self._file is not None:
             self._file.close()
 
+    def go_on_from(self, step: int) -> None:
+        """What was written of this step and later ones is done again from here."""
+        if self._file is not None:
+            self._line({"from": step})
+
     def write(self, step: int, ids: list[int]) -> None:
         """Record the ids (index within the split) that this rank's share of a step's batch held."""
         if self._file is not None:
             self._line({"step": step, "ids": ids})
 
     def _line(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        self._file.write(json.dumps({"started": self._started, **values}) + "\n")
         self._file.flush()
+
+
+def read_samples(run: Path) -> dict[int, list[int]]:
+    """The samples that each step trained on, over all ranks, ascending; what was done again counts once."""
+    starts: dict[float, list[dict[str, Any]]] = {}
+    for file in sorted((run / "samples").glob("rank-*.jsonl")):
+        for line in file.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # cut short by a kill
+                record = json.loads(line)
+                starts.setdefault(record["started"], []).append(record)
+    steps: dict[int, list[int]] = {}
+    for _, records in sorted(starts.items()):
+        ours: dict[int, list[int]] = {}
+        for record in records:
+            if "from" in record:
+                steps = {k: v for k, v in steps.items() if k < record["from"]}
+            else:
+                ours.setdefault(record["step"], []).extend(record["ids"])
+        steps |= ours
+    return {step: sorted(ids) for step, ids in sorted(steps.items())}
 
 
 def summary_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:

@@ -298,6 +298,7 @@ def _skip(run: Run, ranks: list[str], lr: float, epoch_steps: int) -> bool:
     run.position = Position.from_state(state)
     run.position.sums = run.position.sums if job.engine.main else []
     run.position.skipped, run.position.left_out = [], position.skipped
+    run.samples.go_on_from(run.position.step)
     run.tracker.event("rollback", run.position.step, checkpoint=folder.name, left_out=position.skipped)
     run.tracker.say(
         f"went back from step {position.step} to {folder.name}; the batches of steps {first} to {position.step} are "
@@ -371,7 +372,8 @@ def _opened(job: Job, position: Position, skipped: list[str]) -> Iterator[Run]:
     track, tree = config.track, configuration.to_dict(config)
     tracker = Tracker(job.folder, engine.main, track.backend, track.mode, track.project, config.name, tree)
     decisions = read_decisions(job.folder, _config_digest(job)) if engine.main else {}
-    samples = SampleLog(job.folder / runs.SAMPLES, engine.rank, engine.world, position.step, track.samples)
+    started = distributed.broadcast(engine, time.time())
+    samples = SampleLog(job.folder / runs.SAMPLES, engine.rank, started, position.step, track.samples)
     with (
         distributed.StopRequests() as requests,
         distributed.Watch(engine, config.rank_timeout_s) as watch,

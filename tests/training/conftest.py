@@ -18,17 +18,22 @@ out: {out}
 """
 
 
+TEACHER_YAML = """
+data: {{batch: 32, shards: {shards}}}
+student: {{name: custom, patch: 4, options: {{embed_dim: 48, depth: 4, num_heads: 2}}}}
+fixed: {{resolution: 16, epochs: 2}}
+optim: {{lr: 1e-3}}
+precision: fp32
+checkpoint: {{keep_epochs: 1}}
+out: {out}
+"""
+
+
 @pytest.fixture(scope="session")
 def teacher(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of a teacher trained for two epochs on the shapes."""
     out = tmp_path_factory.mktemp("teacher")
-    (out / "teacher.yaml").write_text(
-        f"data: {{batch: 32, shards: {shapes}}}\n"
-        "student: {name: custom, patch: 4, options: {embed_dim: 48, depth: 4, num_heads: 2}}\n"
-        "fixed: {resolution: 16, epochs: 2}\n"
-        "optim: {lr: 1e-3}\n"
-        f"precision: fp32\ncheckpoint: {{keep_epochs: 1}}\nout: {out}\n"
-    )
+    (out / "teacher.yaml").write_text(TEACHER_YAML.format(shards=shapes, out=out))
     irkd("train", str(out / "teacher.yaml"))
     return out / "teacher-seed0"
 
