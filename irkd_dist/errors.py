@@ -10,5 +10,9 @@ class UserError(Exception):
     """
 
 
+class Superseded(UserError):
+    """Another start of the same run has taken over its folder."""
+
+
 class Stopped(Exception):
     """A signal asked the run to stop, and its checkpoint is written; exit code 75. The same command goes on."""

@@ -21,7 +21,7 @@ from irkd_dist.errors import UserError
 from irkd_dist.training import checkpoint
 
 CONFIG, CHECKPOINTS, BEST = "config.yaml", "checkpoints", "best"
-STATUS, SAMPLES = "status.json", "samples"
+STATUS, SAMPLES, SESSION = "status.json", "samples", "session"
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ class Soak:
                 break  # the step is left out in this start alone: nothing may repeat it
         left_out = {f.leaves_out for f in planned if f.leaves_out is not None}
         for _ in range(3):
-            if (self.folder / name / "status.json").exists() and status(self.folder / name) == "finished":
+            if ended(self.folder / name):
                 break
             done = finish(start(config, name, world))
         wrong = losses_of(self.folder / name, self.reference(world, next(iter(left_out), None)), left_out)
@@ -256,6 +256,14 @@ class Soak:
             self.lost[planned[-1].name] += 1
         shutil.rmtree(self.folder / name)
         return len(planned)
+
+
+def ended(run: Path) -> bool:
+    """Whether the run is finished, and its last checkpoint undamaged."""
+    if not (run / "status.json").exists() or status(run) != "finished":
+        return False
+    newest, _ = checkpoint.newest(run / "checkpoints")
+    return newest is not None and newest.name == checkpoint.name(STEPS)
 
 
 def status(run: Path) -> str:

@@ -18,7 +18,16 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore  # torch.distributed exports it without a type
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from irkd_dist.errors import UserError
+from irkd_dist.errors import Stopped, UserError
+
+# words in errors that gloo raises when another process is gone
+COMMUNICATION = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Broken pipe",
+    "Socket closed",
+)
 
 
 class Place(Protocol):
@@ -139,13 +148,19 @@ class Watch:
     for any number of processes. A stopped or vanished process has no beat, one that waits in a collective has; so the
     message names the right one, `timeout_s` after its last sign of life.
 
+    A process that fails with an error of its own says so before it goes, and the others print that instead of what
+    they meet when it is gone.
+
     Args:
         place: this process.
         timeout_s: seconds of silence after which the run ends.
+        session: differs from start to start of the run, the same on every rank.
     """
 
-    def __init__(self, place: Place, timeout_s: float) -> None:
+    def __init__(self, place: Place, timeout_s: float, session: str) -> None:
         self.step = 0  # shown in messages; the loop sets it
+        self._session = session
+        self._farewell: tuple[str, str] | None = ("beat", "left")
         self._place, self._timeout = place, timeout_s
         self._interval = min(max(timeout_s / 20, 0.05), 2.0)
         self._ended = threading.Event()
@@ -158,7 +173,14 @@ class Watch:
             self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is not None and not isinstance(error, (UserError, Stopped)):
+            told = (str(error).splitlines() or [""])[0]
+            # an error of the communication is most likely the end of another process: that one is the news
+            own = not isinstance(error, dist.DistError) and not any(w in told for w in COMMUNICATION)
+            self._farewell = (
+                ("dead", f"{name(self._place)} failed: {type(error).__name__}: {told}") if own else None
+            )
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(timeout=self._timeout)
@@ -175,7 +197,7 @@ class Watch:
             try:
                 store.set(self._key(self._place.rank), f"{beat}/{self.step}/{name(self._place)}")
                 said = self._read(store, self._key((self._place.rank + 1) % self._place.world))
-                dead = self._read(store, "irkd/dead")
+                dead = self._read(store, "dead")
             except (RuntimeError, dist.DistError) as error:
                 if self._ended.is_set():
                     return
@@ -191,11 +213,12 @@ class Watch:
             if last and last != "left" and now - heard > self._timeout:
                 _, step, who = last.split("/", 2)
                 message = f"{who} has been silent for {now - heard:.0f} s (it was at step {step})"
-                store.set("irkd/dead", message)
+                store.set("dead", message)
                 self._end(message)
-        if store is not None:
+        if store is not None and self._farewell is not None:
+            key, text = self._farewell
             with suppress(RuntimeError, dist.DistError):
-                store.set(self._key(self._place.rank), "left")
+                store.set(self._key(self._place.rank) if key == "beat" else key, text)
 
     def _store(self) -> Store:
         # a connection of its own: the training's one may be waiting in a collective
@@ -205,10 +228,10 @@ class Watch:
             is_master=False,
             timeout=timedelta(seconds=max(self._timeout, 5.0)),
         )
-        return PrefixStore(f"irkd-watch-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        return PrefixStore(f"irkd-watch-{self._session}", store)
 
     def _key(self, rank: int) -> str:
-        return f"irkd/beat/{rank}"
+        return f"beat/{rank}"
 
     @staticmethod
     def _read(store: Store, key: str) -> str:

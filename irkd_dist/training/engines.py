@@ -240,44 +240,38 @@ class Zero(Engine):
     def weights(self) -> dict[str, Tensor]:
         if self._stage < 3:
             return super().weights()
-        from deepspeed.utils import safe_get_full_fp32_param
-
         result = {k: _to_cpu(v) for k, v in self.student.named_buffers()} if self.main else {}
         for name, parameter in self.student.named_parameters():
-            whole = safe_get_full_fp32_param(parameter)
-            if self.main and whole is not None:
+            whole = self._whole(parameter)
+            if self.main:
                 result[name] = _to_cpu(whole)
         return result
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        if self._stage == 0:
-            super().load_weights(weights)
-        elif self._stage < 3:
+        if self._stage < 3:
             super().load_weights(weights)
             for parameter in self.student.parameters():
                 if (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
                     mapping.update_hp()  # the partition that the optimizer steps is a copy
-        else:
-            from deepspeed.utils import safe_set_full_fp32_param
-
-            for name, buffer in self.student.named_buffers():
-                buffer.copy_(weights[name])
-            parameters = dict(self.student.named_parameters())
-            with (
-                torch.no_grad(),
-                import_deepspeed().zero.GatheredParameters(list(parameters.values()), modifier_rank=0),
-            ):
-                for name, parameter in parameters.items():
-                    parameter.copy_(weights[name])
+            return
+        for name, buffer in self.student.named_buffers():
+            buffer.copy_(weights[name])
+        parameters = dict(self.student.named_parameters())
+        gathered = import_deepspeed().zero.GatheredParameters(list(parameters.values()), modifier_rank=0)
+        with torch.no_grad(), gathered:
             for name, parameter in parameters.items():
-                safe_set_full_fp32_param(parameter, weights[name].to(self.device))
+                parameter.copy_(weights[name])
+        for name, parameter in parameters.items():  # and the partition that the optimizer steps
+            (theirs, ours), flat = self._partition(parameter)
+            assert flat is not None
+            flat.data[ours] = weights[name].flatten()[theirs].to(self.device)
 
     def moments(self) -> dict[str, Tensor]:
         if self._stage == 0:
             return super().moments()
         result: dict[str, Tensor] = {}
         for name, parameter in self.student.named_parameters():
-            part, flat = self._partition(parameter)
+            _, flat = self._partition(parameter)
             step = self.optimizer.state.get(flat, {}).get("step") if flat is not None else None
             steps = torch.tensor(-1.0 if step is None else float(step), device=self.device)
             dist.all_reduce(steps, op=dist.ReduceOp.MAX)
@@ -286,17 +280,19 @@ class Zero(Engine):
             if self.main:
                 result[f"step.{name}"] = _to_cpu(steps)
             for key in MOMENTS:
-                numel = getattr(parameter, "ds_numel", parameter.numel())
-                whole = torch.zeros(numel, device=self.device)
-                if flat is not None:
-                    theirs, ours = part
-                    whole[theirs] = self.optimizer.state[flat][key][ours]
-                dist.all_reduce(whole)
+                whole = self._whole(parameter, key)
                 if self.main:
-                    result[f"{key}.{name}"] = _to_cpu(
-                        whole.view(getattr(parameter, "ds_shape", parameter.shape))
-                    )
+                    result[f"{key}.{name}"] = _to_cpu(whole)
         return result
+
+    def _whole(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
+        """A parameter's fp32 weights, or a moment of it, put together from all processes' partitions."""
+        (theirs, ours), flat = self._partition(parameter)
+        whole = torch.zeros(getattr(parameter, "ds_numel", parameter.numel()), device=self.device)
+        if flat is not None:
+            whole[theirs] = (flat.detach() if key is None else self.optimizer.state[flat][key])[ours]
+        dist.all_reduce(whole)
+        return whole.view(getattr(parameter, "ds_shape", parameter.shape))
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         if self._stage == 0:

@@ -17,7 +17,7 @@ from irkd_dist import runs
 from irkd_dist.config import Config
 from irkd_dist.data import sampler
 from irkd_dist.data.loader import Loader
-from irkd_dist.errors import Stopped, UserError
+from irkd_dist.errors import Stopped, Superseded, UserError
 from irkd_dist.training import (
     bookends,
     checkpoint,
@@ -47,6 +47,7 @@ class Run:
     requests: distributed.StopRequests
     watch: distributed.Watch
     decisions: dict[int, dict[str, Any]]  # by step: taken before a restart, to be taken again
+    session: str  # this start of the run; the newest one owns the folder
     writer: checkpoint.Writer = field(default_factory=checkpoint.Writer)
     saved: float = field(default_factory=time.perf_counter)  # moment of the last checkpoint
     asked: bool = False  # to stop, some rank
@@ -76,6 +77,8 @@ def train(config: Config) -> dict[str, Any]:
         return summary
     except Stopped:
         raise
+    except Superseded:
+        raise  # the folder is another's
     except UserError as error:
         if engine.main and folder.is_dir():
             runs.write_status(folder, "failed", reached, engine.world, str(error))
@@ -308,6 +311,13 @@ def _skip(run: Run, ranks: list[str], lr: float, epoch_steps: int) -> bool:
 
 
 def _save(run: Run, best: tuple[str, curriculum.State] | None = None) -> None:
+    file = run.job.folder / runs.SESSION
+    owner = file.read_text() if run.job.engine.main and file.exists() else run.session
+    if distributed.broadcast(run.job.engine, owner) != run.session:
+        raise Superseded(
+            f"{run.job.folder} was taken over by another start of the same run ({owner} s since 1970; this one began at "
+            f"{run.session}): nothing more is written from here"
+        )
     saving.save(run.job, run.position, run.writer, run.tracker, best)
     run.saved = time.perf_counter()
     if run.job.engine.main:
@@ -360,10 +370,12 @@ def _weights_digest(job: Job) -> str:
 def _opened(job: Job, position: Position, skipped: list[str]) -> Iterator[Run]:
     """The run folder and everything that must be closed again, whatever happens."""
     config, engine = job.config, job.engine
+    started = distributed.broadcast(engine, time.time())
     if engine.main:
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
             (job.folder / runs.CONFIG).write_text(configuration.to_yaml(config))
+            (job.folder / runs.SESSION).write_text(str(started))
             runs.write_status(job.folder, "running", position.step, engine.world)
         except OSError as error:
             raise UserError(f"cannot write run folder {job.folder}: {error}") from error
@@ -372,14 +384,13 @@ def _opened(job: Job, position: Position, skipped: list[str]) -> Iterator[Run]:
     track, tree = config.track, configuration.to_dict(config)
     tracker = Tracker(job.folder, engine.main, track.backend, track.mode, track.project, config.name, tree)
     decisions = read_decisions(job.folder, _config_digest(job)) if engine.main else {}
-    started = distributed.broadcast(engine, time.time())
     samples = SampleLog(job.folder / runs.SAMPLES, engine.rank, started, position.step, track.samples)
     with (
         distributed.StopRequests() as requests,
-        distributed.Watch(engine, config.rank_timeout_s) as watch,
+        distributed.Watch(engine, config.rank_timeout_s, str(started)) as watch,
         samples,
     ):
-        run = Run(job, position, tracker, samples, requests, watch, decisions)
+        run = Run(job, position, tracker, samples, requests, watch, decisions, str(started))
         try:
             bookends.announce(job, position, skipped, tracker)
             yield run

@@ -22,12 +22,23 @@ def irkd(
     *arguments: str, world: int = 1, env: dict[str, str] | None = None, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """Run `irkd ...`, under `accelerate launch` for a world above 1; one thread a process, so sums are alike."""
-    command = [sys.executable, "-m", "irkd_dist", *arguments]
     if world > 1:
-        command = [
-            sys.executable, "-m", "accelerate.commands.launch", "--config_file=configs/accelerate/ddp.yaml",
-            f"--num_processes={world}", f"--main_process_port={_free_port()}", "-m", "irkd_dist", *arguments,
-        ]  # fmt: skip
+        return launch_engine("ddp", world, *arguments, env=env, check=check)
+    return _run([sys.executable, "-m", "irkd_dist", *arguments], env, check)
+
+
+def launch_engine(
+    engine: str, world: int, *arguments: str, env: dict[str, str] | None = None, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run `irkd ...` under `accelerate launch` with the configuration file of an engine."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", f"--config_file=configs/accelerate/{engine}.yaml",
+        f"--num_processes={world}", f"--main_process_port={_free_port()}", "-m", "irkd_dist", *arguments,
+    ]  # fmt: skip
+    return _run(command, env, check)
+
+
+def _run(command: list[str], env: dict[str, str] | None, check: bool) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300

@@ -14,7 +14,7 @@ from irkd_dist import evaluate, runs
 from irkd_dist.data import sampler
 from irkd_dist.errors import UserError
 from irkd_dist.training import checkpoint, panels
-from irkd_dist.training.tracking import read_events
+from irkd_dist.training.tracking import read_events, read_samples
 from irkd_dist.training.train import train
 
 
@@ -448,3 +448,60 @@ def test_wandb_without_an_account_is_one_line(student_yaml: Path, monkeypatch: p
 def test_events_that_are_no_mappings_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text('[1]\n{"event": "start", "step": 0}\n7\n')
     assert read_events(tmp_path) == [{"event": "start", "step": 0}]
+
+
+def test_a_batch_keeps_its_tokens_where_asked_and_the_rate_follows(student_yaml: Path) -> None:
+    keys = ["curriculum.batch=tokens", "curriculum.lr_scaling=linear", "curriculum.epochs=1"]
+    _, events = run(student_yaml, *keys)
+    entered = [(e["resolution"], e["batch"], round(e["lr"] / 3e-4, 4)) for e in of(events, "stage")]
+    assert entered == [(12, 57, 1.7812), (16, 32, 1.0)]  # 32 * (16 / 12)^2 = 56.9
+    assert [e["steps_per_epoch"] for e in of(events, "stage")] == [2, 4]
+    assert [e["lr"] for e in of(events, "train")] == pytest.approx([3e-4 * 57 / 32] * 2 + [3e-4] * 4)
+    _, events = run(student_yaml, *keys[::2], "curriculum.lr_scaling=sqrt", name="sqrt")
+    assert of(events, "stage")[0]["lr"] == pytest.approx(3e-4 * (57 / 32) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("ends", "reasons"),
+    [
+        (["curriculum.minutes=1e-6"], ["its 1e-06 minutes are spent"] * 2),
+        # 110 images of 9 and then 16 tokens: 990 in the first stage's epoch, 1,760 in the second's
+        (["curriculum.tokens=1000"], ["its 1000 tokens are spent"] * 2),
+        (["curriculum.target=0"], ["validation accuracy"] * 2),
+        (
+            ["curriculum.stages[0].target=0", "curriculum.min_epochs=2"],
+            ["validation accuracy", "3 epochs done"],
+        ),
+    ],
+)
+def test_a_stage_ends_by_its_budget_or_target(
+    student_yaml: Path, ends: list[str], reasons: list[str]
+) -> None:
+    _, events = run(student_yaml, "curriculum.epochs=3", "loss.saliency.gamma=0", *ends)
+    told = [e["decision"]["reason"] for e in of(events, "decision") if e["decision"]["action"] != "continue"]
+    assert all(t.startswith(r) for t, r in zip(told, reasons, strict=True)), told
+    done = [e["stage"] for e in of(events, "evaluation")]
+    assert done.count(0) == (2 if "tokens" in ends[0] or "min_epochs" in str(ends) else 1)
+
+
+def test_micro_batches_give_the_same_losses(student_yaml: Path) -> None:
+    _, whole = run(student_yaml, "optim.eps=1e-3")
+    _, parts = run(student_yaml, "optim.eps=1e-3", "optim.accumulate=3", name="parts")
+    for a, b in zip(of(whole, "train"), of(parts, "train"), strict=True):
+        assert b["total"] == pytest.approx(a["total"], rel=1e-5)
+        assert b["accuracy"] == a["accuracy"]
+
+
+def test_batches_named_are_left_out(student_yaml: Path) -> None:
+    folder, events = run(student_yaml, "data.leave_out=[2, 5]", "track.samples=true")
+    assert [e["step"] for e in of(events, "train")] == [s + 1 for s in range(16) if s not in (2, 5)]
+    assert set(read_samples(folder)) == set(range(16)) - {2, 5}
+
+
+def test_decisions_are_events_with_all_they_decide(student_yaml: Path) -> None:
+    _, events = run(student_yaml, "curriculum.epochs=1")
+    first = of(events, "decision")[0]["decision"]
+    assert {k: first[k] for k in ("action", "stage", "resolution", "batch", "lr", "policy", "reload")} == {
+        "action": "advance", "stage": 1, "resolution": 16, "batch": 32, "lr": 3e-4, "policy": "reset", "reload": None,
+    }  # fmt: skip
+    assert all("seconds" in e and "agreement_s" in e for e in of(events, "stage"))
