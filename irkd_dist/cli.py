@@ -87,6 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--print-config", action="store_true", help="show the resolved configuration and stop")
     train.set_defaults(call=_train)
 
+    status = _command(commands, "status", "where a run stands: stage, speed, checkpoint, time left")
+    status.add_argument("run", type=Path, help="run folder")
+    status.set_defaults(call=_status)
+
     evaluate = commands.add_parser(
         "evaluate", help="accuracy at each resolution, saliency agreement, pointing game"
     )
@@ -161,6 +165,13 @@ def _train(arguments: argparse.Namespace) -> int:
     from irkd_dist.training.train import train
 
     train(loaded)
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from irkd_dist import status
+
+    print(status.show(status.read(arguments.run)))
     return 0
 
 
