@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import socket
 import time
+import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,6 +116,38 @@ def count_bar(what: str) -> Iterator[tuple[Any, Any]]:
                 console.print(f"{done} of {total} {what}")
 
         yield progress, console.print
+
+
+def reach(backend: str, mode: str) -> str:
+    """Whether a backend could be used from here, without starting anything; for `irkd doctor`.
+
+    Raises:
+        UserError: it is not installed, has no key, or its server does not answer.
+    """
+    if backend == "none":
+        return "events.jsonl only (track.backend=none)"
+    if importlib.util.find_spec(backend) is None:
+        raise UserError(f"track.backend={backend} needs {backend}: pip install 'irkd_dist[all]'")
+    if backend == "tensorboard":
+        return "TensorBoard is installed"
+    if mode == "offline":
+        return "W&B offline, no account needed; `wandb sync` sends a run later (track.mode=online: at once)"
+    import wandb
+
+    server = urllib.parse.urlsplit(wandb.Settings().base_url)
+    where = f"{server.scheme}://{server.netloc}"
+    port = server.port or (443 if server.scheme == "https" else 80)
+    try:
+        socket.create_connection((server.hostname or "", port), timeout=5.0).close()
+    except OSError as error:
+        raise UserError(
+            f"W&B's server {where} does not answer: {error}; track.mode=offline needs none"
+        ) from error
+    if not wandb.api.api_key:
+        raise UserError(
+            f"no key for {where}: run `wandb login`, set WANDB_API_KEY, or use track.mode=offline"
+        )
+    return f"W&B online: {where} answers, a key is there"
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
