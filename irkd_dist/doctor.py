@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -102,7 +103,8 @@ def over_the_allocation(arguments: list[str]) -> int:
             "--slurm examines the nodes of an allocation, and this is none (SLURM_JOB_ID is not set): "
             "salloc --nodes 2 irkd doctor --slurm CONFIG, or call it in an sbatch script"
         )
-    return slurm.run(slurm.torchrun(["-m", "irkd_dist", "doctor", *arguments]))
+    command, environment = slurm.torchrun(["-m", "irkd_dist", "doctor", *arguments])
+    return subprocess.call(command, env=environment)
 
 
 # ---- the machine

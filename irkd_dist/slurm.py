@@ -1,80 +1,58 @@
-"""Inside a SLURM allocation: the command that starts one launcher on each node, and how to end it."""
+"""Inside a SLURM allocation: the step that starts one launcher on each node."""
 
 from __future__ import annotations
 
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-from types import FrameType
 
 from irkd_dist.errors import UserError
 
+# the job's shape is of one task a process; the step has one launcher a node, with all of its CPUs and GPUs
+SHAPE = (
+    "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK",
+    "SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_NTASKS_PER_GPU",
+)  # fmt: skip
 
-def torchrun(arguments: list[str], processes: int | None = None) -> list[str]:
-    """`srun torchrun ARGUMENTS` over all nodes of the present allocation, one process for each GPU.
 
-    processes: on each node; None: as many as its GPUs, or one for each task, or one.
+def torchrun(arguments: list[str], processes: int | None = None) -> tuple[list[str], dict[str, str]]:
+    """The command and environment of `srun torchrun ARGUMENTS` over all nodes of the present allocation.
+
+    processes: on each node; None: one for each GPU, or one for each task where there are none.
+
+    Raises:
+        UserError: SLURM does not tell where the first node is.
     """
-    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ.get("SLURM_NNODES") or 1)
-    first = _first_host()
-    count = processes or _per_node()
-    job = os.environ["SLURM_JOB_ID"]
-    # ports of the same job may still be closing, and several agents may share a node
-    port = 20000 + (int(job) * 7 + os.getpid()) % 20000
-    return [
-        "srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1",
-        sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={count}",
-        "--rdzv-backend=c10d", f"--rdzv-endpoint={first}:{port}", f"--rdzv-id={job}-{os.getpid()}",
-        "--max-restarts=0", *arguments,
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES") or "1"
+    tasks = re.match(r"\d+", os.environ.get("SLURM_TASKS_PER_NODE", ""))
+    count = processes or int(os.environ.get("SLURM_GPUS_ON_NODE") or (tasks.group() if tasks else 1))
+    # below the ports that systems hand out by themselves; another one for each step of a job
+    port = 10000 + (int(os.environ["SLURM_JOB_ID"]) * 10 + os.getpid()) % 20000
+    # the first node is the host: torchrun's own guess, from names and addresses, may differ
+    launch = (
+        'exec "$1" -m torch.distributed.run --rdzv-conf="is_host=$((SLURM_NODEID == 0))"'
+        f' --rdzv-backend=c10d --rdzv-endpoint={_first_address()}:{port} --rdzv-id="$SLURM_JOB_ID.$SLURM_STEP_ID"'
+        f" --nnodes={nodes} --nproc-per-node={count} --max-restarts=0" + ' "${@:2}"'
+    )
+    command = [
+        "srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--cpu-bind=none", "--wait=60",
+        "--kill-on-bad-exit=0", "bash", "-c", launch, "launch", sys.executable, *arguments,
     ]  # fmt: skip
+    return command, {k: v for k, v in os.environ.items() if k not in SHAPE}
 
 
-def run(command: list[str], env: dict[str, str] | None = None) -> int:
-    """Run a command in the foreground, passing SIGTERM and SIGUSR1 on; returns its exit code.
-
-    srun answers SIGTERM by killing its tasks, and passes SIGUSR1 on to them: both arrive as SIGUSR1 there.
-    """
-    child = subprocess.Popen(command, env=env)
-
-    def forward(number: int, _: FrameType | None) -> None:
-        child.send_signal(signal.SIGUSR1 if command[0] == "srun" else number)
-
-    earlier = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        return child.wait()
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-
-def _per_node() -> int:
-    for key in ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
-        digits = os.environ.get(key, "").rpartition(":")[2]
-        if digits.isdigit() and int(digits) > 0:
-            return int(digits)
-    return 1
-
-
-def _first_host() -> str:
+def _first_address() -> str:
+    """Where the first node is reached: its name need not be a host's."""
     names = os.environ.get("SLURM_JOB_NODELIST", "")
     try:
-        shown = subprocess.run(
-            ["scontrol", "show", "hostnames", names], capture_output=True, text=True, check=True
-        )
-        first = shown.stdout.split()[0]
-        try:
-            socket.getaddrinfo(first, None)
-            return first
-        except OSError:  # a node's name need not be its host's
-            node = subprocess.run(
-                ["scontrol", "-o", "show", "node", first], capture_output=True, text=True, check=True
-            )
-            found = re.search(r"\bNodeAddr=(\S+)", node.stdout)
-            return found.group(1) if found else first
-    except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise UserError(
-            f"scontrol does not tell the hosts of SLURM_JOB_NODELIST={names!r}: {error}"
-        ) from error
+        hosts = _scontrol("show", "hostnames", names)
+        found = re.search(r"\bNodeAddr=(\S+)", _scontrol("-o", "show", "node", hosts.split()[0]))
+        assert found is not None
+        return found.group(1)
+    except (OSError, subprocess.CalledProcessError, IndexError, AssertionError) as error:
+        raise UserError(f"scontrol does not say where SLURM_JOB_NODELIST={names!r} is: {error}") from error
+
+
+def _scontrol(*arguments: str) -> str:
+    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout

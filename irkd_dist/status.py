@@ -54,7 +54,7 @@ def read(run: Path, now: float | None = None) -> Status:
     """
     now = time.time() if now is None else now
     events = read_events(run)
-    stages = _stages(run)
+    stages, by_tokens = _stages(run)
     told = _told(run)
     kinds = {kind: [e for e in events if e["event"] == kind] for kind in ("train", "evaluation", "stage")}
     entered = kinds["stage"][-1] if kinds["stage"] else {"stage": 0, "resolution": stages[0][0], "step": 0}
@@ -72,12 +72,16 @@ def read(run: Path, now: float | None = None) -> Status:
     state = _state(told, finished, age, trained, bool(kinds["stage"]))
     latest = trained[-1] if trained else None
     left = None
+
+    def scale(side: int) -> float:
+        return (side / resolution) ** 2 if by_tokens else 1.0
+
     if state in ("running", "silent", "stopped") and per_epoch:
         left = _left(events, entered, step, stages, per_epoch)
     return Status(
         str(run), state, str(told.get("reason") or "") if told and state == told["state"] else "", age, here,
         len(stages), resolution, judged[-1]["stage_epoch"] if judged else 0, epochs, step,
-        per_epoch * sum(e for _, e in stages) if per_epoch else None,
+        round(sum(e * per_epoch * scale(r) for r, e in stages)) if per_epoch else None,
         latest["images_per_s"] if latest else None, _step_seconds(trained),
         latest["data_wait"] if latest else None, judged[-1]["accuracy"] if judged else None,
         max((e["accuracy"] for e in judged), default=None), judged[-1]["split"] if judged else "",
@@ -123,15 +127,16 @@ def show(status: Status) -> str:
     return "\n".join([f"{s.run}: {head}", *(f"  {name:<11} {text}" for name, text in rows)])
 
 
-def _stages(run: Path) -> list[tuple[int, int]]:
-    """(resolution, epochs) of each stage."""
+def _stages(run: Path) -> tuple[list[tuple[int, int]], bool]:
+    """(resolution, epochs) of each stage, and whether its steps go with its pixels (curriculum.batch=tokens)."""
     file = run / "config.yaml"
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.load(file))
         if tree.get("fixed"):
-            return [(tree["fixed"]["resolution"], tree["fixed"]["epochs"])]
+            return [(tree["fixed"]["resolution"], tree["fixed"]["epochs"])], False
         plan = tree["curriculum"]
-        return [(s["resolution"], s["epochs"] or plan["epochs"]) for s in plan["stages"]]
+        stages = [(s["resolution"], s["epochs"] or plan["epochs"]) for s in plan["stages"]]
+        return stages, plan.get("batch") == "tokens"
     except FileNotFoundError:
         raise UserError(f"{run} is no run folder: it has no config.yaml") from None
     except Exception as error:
@@ -198,17 +203,17 @@ def _left(
     events: list[dict[str, Any]], entered: dict[str, Any], step: int, stages: list[tuple[int, int]], per_epoch: int
 ) -> float | None:  # fmt: skip
     """Seconds left if no stage ends early: the pace since this stage was entered, validation and checkpoints included;
-    a stage to come costs as much more a step as it has more pixels."""
-    since = [e for e in events if e["time"] >= entered["time"]]
+    an epoch of a stage to come takes as much longer as its images have more pixels."""
     done = step - entered["step"]
     if done <= 0:
         return None
-    pace = (since[-1]["time"] - entered["time"]) / done
+    since = [e["time"] for e in events if e["time"] >= entered["time"]]
+    epoch_s = (max(since) - entered["time"]) / done * per_epoch
     here = entered["stage"]
     first = min((e["step"] for e in events if e["event"] == "stage" and e["stage"] == here), default=step)
-    now, later = stages[here], stages[here + 1 :]
-    rest = max(now[1] * per_epoch - (step - first), 0)
-    return pace * (rest + sum(epochs * per_epoch * (side / now[0]) ** 2 for side, epochs in later))
+    side, epochs = stages[here]
+    rest = max(epochs - (step - first) / per_epoch, 0)
+    return epoch_s * (rest + sum(count * (later / side) ** 2 for later, count in stages[here + 1 :]))
 
 
 def _span(seconds: float) -> str:

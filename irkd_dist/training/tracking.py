@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 import socket
+import sys
 import time
 import urllib.parse
 from collections.abc import Iterator
@@ -49,7 +52,9 @@ class Tracker:
             return
         self._file = _open_events(run / EVENTS)
         if backend == "wandb":
-            self._backend = _wandb(run, mode, project, name, config)
+            self._backend = _Wandb(run, mode, project, name, config)
+            if self._backend.note:
+                self.say(self._backend.note)
         elif backend == "tensorboard":
             self._backend = _tensorboard(run)
 
@@ -59,11 +64,13 @@ class Tracker:
             line = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+            if kind == "stop" and self._kind == "wandb":
+                self._backend.stop()
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Send numbers to the backend."""
         if self._kind == "wandb":
-            self._backend.log(values, step=step)
+            self._backend.log(values, step)
         elif self._kind == "tensorboard":
             for key, value in values.items():
                 self._backend.add_scalar(key, value, step)
@@ -92,7 +99,8 @@ class Tracker:
         if self.main:
             self._file.close()
         if self._kind == "wandb":
-            self._backend.finish()
+            if said := self._backend.finish():
+                self.say(said)
         elif self._kind == "tensorboard":
             self._backend.close()
 
@@ -195,33 +203,81 @@ def _open_events(file: Path) -> Any:
     return handle
 
 
-def _wandb(
-    run: Path, mode: Literal["online", "offline"], project: str, name: str, config: dict[str, Any]
-) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("track.backend=wandb needs wandb: pip install 'irkd_dist[all]'") from None
-    id_file = run / "wandb-id.txt"
-    identity = id_file.read_text().strip() if id_file.exists() else None
-    # a preempted run goes on under its own id; a sweep's agent gives one by environment, which wandb reads itself
-    try:
-        handle = wandb.init(
-            project=project,
-            name=name,
-            config=config,
-            dir=run,
-            mode=mode,
-            id=identity,
-            resume="allow",  # type: ignore[arg-type]
+class _Wandb:
+    """A W&B run: sends numbers, says how it ended, and turns the server's stop into a request to this process."""
+
+    EXIT_STOPPED = 75  # with "preempting" a sweep's server gives the trial out again
+    FINISH_S = 120.0  # for the upload at the end; a server that is gone must not keep the job's nodes
+
+    def __init__(
+        self, run: Path, mode: Literal["online", "offline"], project: str, name: str, config: dict[str, Any]
+    ) -> None:
+        try:
+            import wandb
+            from wandb.errors import CommError
+        except ImportError:
+            raise UserError("track.backend=wandb needs wandb: pip install 'irkd_dist[all]'") from None
+        self.told_to_stop = False  # by the server: a sweep's early termination, or a person in the browser
+        self.stopped = False
+        id_file = run / "wandb-id.txt"
+        identity = id_file.read_text().strip() if id_file.exists() else None
+        known = wandb.Settings.model_fields
+        own = {"stop_fn": self._stop, "finish_timeout": self.FINISH_S}
+        chosen = {k: v for k, v in own.items() if k in known and f"WANDB_{k.upper()}" not in os.environ}
+
+        def start(mode: Literal["online", "offline"]) -> Any:
+            # a preempted run goes on under its own id; a sweep's agent gives one by environment, read by wandb
+            return wandb.init(
+                project=project, name=name, config=config, dir=run, mode=mode, id=identity, resume="allow",
+                settings=wandb.Settings(**chosen),
+            )  # fmt: skip
+
+        self.note = ""
+        try:
+            self.run = start(mode)
+        except CommError as error:
+            # the server is gone or does not let us in: that is no reason to leave a GPU idle
+            self.run = start("offline")
+            self.note = (
+                f"W&B does not answer ({' '.join(str(error).split())[:120]}): this run is kept offline"
+            )
+        except wandb.Error as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"track.mode={mode}: W&B does not start: {reason} (offline needs no account)"
+            ) from error
+        id_file.write_text(self.run.id)
+
+    def _stop(self) -> None:
+        self.told_to_stop = True
+        os.kill(os.getpid(), signal.SIGTERM)  # the loop ends all ranks at the same step
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.run.log(values, step=step)
+
+    def stop(self) -> None:
+        """The run stops before its end; unless the server wanted that, a sweep shall give it out again."""
+        self.stopped = True
+        if not self.told_to_stop:
+            self.run.mark_preempting()
+
+    def finish(self) -> str:
+        """End the run; returns what is to be done with what is only on this disk, if anything is."""
+        preempted = self.stopped and not self.told_to_stop
+        folder, offline, patience = (
+            Path(self.run.dir).parent,
+            self.run.offline,
+            self.run.settings.finish_timeout,
         )
-    except wandb.Error as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"track.mode={mode}: W&B does not start: {reason} (offline needs no account)"
-        ) from error
-    id_file.write_text(handle.id)
-    return handle
+        # within a `finally`: an exception on its way out is a failure
+        failed = sys.exc_info()[0] is not None and not self.stopped
+        started = time.monotonic()
+        self.run.finish(exit_code=self.EXIT_STOPPED if preempted else int(failed))
+        if offline:
+            return f"W&B offline; send it with: wandb sync {folder.parent}/offline-run-*"
+        if 0 < patience <= time.monotonic() - started:
+            return f"W&B took not everything in {patience:.0f} s; send the rest with: wandb sync --include-online {folder}"
+        return ""
 
 
 def _tensorboard(run: Path) -> Any:
