@@ -276,7 +276,8 @@ class _Wandb:
         if offline:
             return f"W&B offline; send it with: wandb sync {folder.parent}/offline-run-*"
         if 0 < patience <= time.monotonic() - started:
-            return f"W&B took not everything in {patience:.0f} s; send the rest with: wandb sync --include-online {folder}"
+            command = f"wandb sync --include-online {folder}"
+            return f"W&B took not everything in {patience:.0f} s; send the rest with: {command}"
         return ""
 
 
