@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import socket
 import sys
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -218,7 +220,7 @@ class _Wandb:
         except ImportError:
             raise UserError("track.backend=wandb needs wandb: pip install 'irkd_dist[all]'") from None
         self.told_to_stop = False  # by the server: a sweep's early termination, or a person in the browser
-        self.stopped = False
+        self.stopped = self.preempted = False
         id_file = run / "wandb-id.txt"
         identity = id_file.read_text().strip() if id_file.exists() else None
         known = wandb.Settings.model_fields
@@ -258,12 +260,33 @@ class _Wandb:
     def stop(self) -> None:
         """The run stops before its end; unless the server wanted that, a sweep shall give it out again."""
         self.stopped = True
-        if not self.told_to_stop:
+        if not self.run.offline and not self._server_wants_it():
+            self.preempted = True
             self.run.mark_preempting()
+
+    def _server_wants_it(self) -> bool:
+        """Whether the stop is the server's: an agent's SIGTERM looks like any other and comes before the SDK's word."""
+        if self.told_to_stop:
+            return True
+        import wandb
+
+        query = """query RunStoppedStatus($projectName: String, $entityName: String, $runId: String!) {
+            project(name: $projectName, entityName: $entityName) { run(name: $runId) { stopped } } }"""
+        names = {"projectName": self.run.project, "entityName": self.run.entity, "runId": self.run.id}
+        key = base64.b64encode(f"api:{wandb.api.api_key}".encode()).decode()
+        request = urllib.request.Request(
+            f"{self.run.settings.base_url}/graphql",
+            json.dumps({"query": query, "variables": names}).encode(),
+            {"Content-Type": "application/json", "Authorization": f"Basic {key}"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=5.0) as answer:
+                return bool(json.load(answer)["data"]["project"]["run"]["stopped"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
 
     def finish(self) -> str:
         """End the run; returns what is to be done with what is only on this disk, if anything is."""
-        preempted = self.stopped and not self.told_to_stop
         folder, offline, patience = (
             Path(self.run.dir).parent,
             self.run.offline,
@@ -272,7 +295,7 @@ class _Wandb:
         # within a `finally`: an exception on its way out is a failure
         failed = sys.exc_info()[0] is not None and not self.stopped
         started = time.monotonic()
-        self.run.finish(exit_code=self.EXIT_STOPPED if preempted else int(failed))
+        self.run.finish(exit_code=self.EXIT_STOPPED if self.preempted else int(failed))
         if offline:
             return f"W&B offline; send it with: wandb sync {folder.parent}/offline-run-*"
         if 0 < patience <= time.monotonic() - started:

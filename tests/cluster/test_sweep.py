@@ -198,6 +198,57 @@ def test_a_server_that_dies_does_not_stop_training_and_gets_the_run_later(
             assert steps == list(range(1, count + 1)), name
 
 
+def test_a_preempted_trial_of_two_processes_goes_on_under_its_own_id(
+    server: WandbServer, ce: Path, tmp_path: Path
+) -> None:
+    env = environment(server, tmp_path, IRKD_PROCESSES="2")
+    server.trials = [{"seed": 5, "curriculum.epochs": 12, "optim.betas": [0.9, 0.98]}]
+    sweep = make_sweep(tmp_path, env, [*TRIAL, str(ce), "${args_no_hyphens}"], "launchers/sweep_trial.py")
+    run = tmp_path / "runs" / "ce-seed5-trial0"
+    first = agent(sweep, tmp_path, env)
+    wait_for(lambda: steps_done(run) >= 20, tmp_path, "steps")
+    first.send_signal(signal.SIGTERM)  # what a cluster sends to a job that it takes away
+    assert first.wait(60) is not None
+    assert left_running(tmp_path) == []
+    trial = server.runs["trial0"]
+    assert (trial.exit_codes, server.again) == ([75], ["trial0"])
+    stopped = steps_done(run)
+    assert 20 <= stopped < 96
+
+    assert agent(sweep, tmp_path, env).wait(120) == 0
+    assert trial.exit_codes == [75, 0]
+    assert trial.inits == 2
+    assert len(server.runs) == 1
+    events = read_events(run)
+    assert [e["step"] for e in events if e["event"] == "resume"] == [stopped]
+    assert {e["world"] for e in events if "world" in e} == {2}
+    assert [step for step, _ in metric(server, "trial0", "train/total")] == list(range(1, 97))
+    assert config.load(run / "config.yaml").optim.betas == (0.9, 0.98)
+    assert [f.name for f in (tmp_path / "runs").iterdir()] == [run.name]
+    assert left_running(tmp_path) == []
+
+
+def test_a_trial_that_the_server_ends_early_stops_all_processes_and_the_agent_goes_on(
+    server: WandbServer, ce: Path, tmp_path: Path
+) -> None:
+    env = environment(server, tmp_path, IRKD_PROCESSES="2")
+    server.trials = [{"curriculum.epochs": 2000}, {"curriculum.epochs": 1}]
+    sweep = make_sweep(tmp_path, env, [*TRIAL, str(ce), "${args}"], "launchers/sweep_trial.py")
+    running = agent(sweep, tmp_path, env)
+    run = tmp_path / "runs" / "ce-seed0-trial0"
+    wait_for(lambda: steps_done(run) >= 20, tmp_path, "steps")
+    server.runs["trial0"].stop = True
+    wait_for(lambda: server.runs["trial0"].exit_codes, tmp_path, "end of the stopped trial")
+    assert running.wait(120) == 0
+    assert server.runs["trial0"].exit_codes == [0]  # not preempted: nobody gets it again
+    assert server.again == []
+    assert server.runs["trial1"].exit_codes == [0]
+    assert [e["event"] for e in read_events(run)][-1] == "stop"
+    assert steps_done(run) < 16000
+    assert "failed" not in (tmp_path / "agent.log").read_text()
+    assert left_running(tmp_path) == []
+
+
 FILES = sorted((REPOSITORY / "configs" / "sweeps").glob("*.yaml"))
 
 

@@ -162,6 +162,9 @@ class WandbServer:
         }  # fmt: skip
         return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
 
+    def _on_RunStoppedStatus(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return {"project": {"run": {"stopped": self.runs[variables["runId"]].stop}}}
+
     def _on_CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
         files = [
             {"name": f, "uploadUrl": f"{self.url}/upload/{urllib.parse.quote(f)}"} for f in variables["files"]
