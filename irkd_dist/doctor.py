@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import os
 import platform
 import shutil
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
@@ -35,10 +33,10 @@ from irkd_dist.config import Config, Fixed
 from irkd_dist.data import sampler, shards
 from irkd_dist.distill.models import parameter_count
 from irkd_dist.errors import UserError
-from irkd_dist.training import distributed, setup, tracking, train
-from irkd_dist.training.distributed import Engine
+from irkd_dist.training import distributed, engines, setup, step, tracking
+from irkd_dist.training.engines import Engine
 
-LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "webdataset", "safetensors")
+LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "safetensors", "wandb")
 PATIENCE_S = 120.0  # of one check; a process that does not answer ends the examination
 REACH_S = 20.0  # for the launcher's port to answer
 VISIBLE_S = 15.0  # for a file to be seen by every process; NFS clients may remember a folder for some seconds
@@ -78,7 +76,8 @@ def doctor(path: str | None, overrides: list[str]) -> int:
         return 1
     try:
         with examination.watched("processes"):
-            engine = distributed.setup(config.precision)
+            chosen = engines.choose(config)  # before the launcher's environment is cleared
+            engine = engines.setup(config)
     except UserError as error:
         examination.alone("processes", str(error))
         return 1
@@ -86,10 +85,10 @@ def doctor(path: str | None, overrides: list[str]) -> int:
         examination.engine = engine
         _machine(examination, engine, config if path else None)
         if path is not None:
-            _run_to_come(examination, engine, config, path)
+            _run_to_come(examination, engine, config, path, chosen)
         return examination.verdict()
     finally:
-        distributed.finish(engine)
+        engine.finish()
 
 
 def over_the_allocation(arguments: list[str]) -> int:
@@ -127,7 +126,7 @@ def _versions(engine: Engine) -> str:
         try:
             said.append(f"{library} {version(library)}")
         except PackageNotFoundError:
-            said.append(f"{library} not installed")
+            continue  # some are optional
     return ", ".join(said)
 
 
@@ -178,7 +177,7 @@ def _fused(engine: Engine) -> str:
 
 
 def _bf16(engine: Engine, config: Config | None) -> str:
-    has = distributed.autocast_dtype("auto", engine.device) is not None
+    has = engines.autocast_dtype("auto", engine.device) is not None
     chosen = "bf16" if engine.autocast else "fp32"
     precision = config.precision if config is not None else "auto"
     ratio = _product_time(engine, torch.float32) / _product_time(engine, torch.bfloat16)
@@ -271,7 +270,7 @@ def _tracking(engine: Engine, config: Config | None) -> str:
 # ---- the run to come
 
 
-def _run_to_come(examine: _Examination, engine: Engine, config: Config, path: str) -> None:
+def _run_to_come(examine: _Examination, engine: Engine, config: Config, path: str, chosen: str) -> None:
     stages = configuration.stages(config)
     sizes = ", ".join(str(s.resolution) for s in stages)
     examine(
@@ -304,8 +303,9 @@ def _run_to_come(examine: _Examination, engine: Engine, config: Config, path: st
         light = replace(config, data=replace(config.data, verify="size", cache="none"))
         job = setup.build(light, engine)
         distributed.barrier(engine)
-        weights = parameter_count(job.student)
-        said = f"{config.student.name}, {weights / 1e6:.2f} M parameters, a gradient of {4 * weights / MIB:.1f} MiB"
+        weights = sum(shape.numel() for shape in job.shapes.values())
+        gradient = f"a gradient of {4 * weights / MIB:.1f} MiB"
+        said = f"{config.student.name} under {chosen}, {weights / 1e6:.2f} M parameters, {gradient}"
         free = shutil.disk_usage(
             next(f for f in [job.folder, *job.folder.absolute().parents] if f.is_dir())
         ).free
@@ -352,11 +352,14 @@ def _shards(engine: Engine, config: Config, manifest: shards.Manifest) -> str:
 
 
 def _batch(engine: Engine, config: Config, manifest: shards.Manifest) -> str:
-    count, batch = config.data.subset or manifest.splits["train"], config.data.batch
+    count = config.data.subset or manifest.splits["train"]
+    batches = [configuration.stage_batch(config, s.resolution) for s in configuration.stages(config)]
+    batch = min(batches)
     steps = sampler.steps_per_epoch(count, batch)
     last = count - (steps - 1) * batch
     shares = [len(sampler.share(min(batch, count), rank, engine.world)) for rank in range(engine.world)]
-    each = f"{batch} over {_processes(engine.world)}: {_ranges(shares)} each"
+    more = f" (up to {max(batches)} at low resolution)" if max(batches) > batch else ""
+    each = f"{batch}{more} over {_processes(engine.world)}: {_ranges(shares)} each"
     text = f"{each}; {steps} steps an epoch, the last has {last}"
     if min(shares) == 0:
         raise Warn(
@@ -373,25 +376,23 @@ def _step(job: setup.Job, number: int, stage: configuration.Stage) -> str:
     _forget_peak(engine)
     setup.load_stage_teacher(job, number)
     training, held_out = setup.loaders(job, stage)
-    seconds, size, losses = 0.0, 0, []
+    seconds, size = 0.0, 0
     with training, held_out:
         for batch in itertools.islice(training.batches(0), 2):
             distributed.barrier(engine)
             _finish(engine)
             start = time.perf_counter()
-            # step 0: one at which saliency is aligned, whatever loss.saliency.every says
-            terms = train.forward(job, batch, loss.kd.alpha, loss.saliency.gamma, 0)
-            distributed.backward(engine, terms["total"])
-            distributed.clip(engine, job.module, job.config.optim.clip)
-            job.optimizer.step()
-            job.optimizer.zero_grad()
+            try:
+                # as step 0: one at which saliency is aligned, whatever loss.saliency.every says
+                step.take(job, batch, loss.kd.alpha, loss.saliency.gamma, 0, False)
+            except step.NotFinite as error:
+                raise UserError(
+                    f"the loss of {error} is not finite: lower optim.lr, or use precision=fp32"
+                ) from error
             _finish(engine)
             seconds, size = time.perf_counter() - start, batch.size
-            losses.append(terms["total"].item())
     peak, kind = _peak(engine)
     slowest = _slowest(engine, seconds)
-    if not all(map(math.isfinite, losses)):
-        raise UserError(f"the losses of two steps are {losses}: lower optim.lr, or use precision=fp32")
     text = f"{slowest:.3f} s, {size / slowest:,.0f} images/s, peak {peak / GIB:.2f} GiB {kind} a process"
     total = (
         torch.cuda.get_device_properties(engine.device).total_memory if engine.device.type == "cuda" else 0
@@ -425,15 +426,7 @@ def _finish(engine: Engine) -> None:
 
 
 def _slowest(engine: Engine, seconds: float) -> float:
-    return max(_gather(engine, seconds))
-
-
-def _gather(engine: Engine, value: Any) -> list[Any]:
-    if engine.world == 1:
-        return [value]
-    values: list[Any] = [None] * engine.world
-    dist.all_gather_object(values, value)
-    return values
+    return max(distributed.gather(engine, seconds))
 
 
 def _processes(count: int) -> str:
@@ -472,7 +465,7 @@ class _Examination:
                 found = Finding("warn", str(warning), self.who)
             except (UserError, OSError, RuntimeError) as error:
                 found = Finding("FAIL", " ".join(str(error).split()) or type(error).__name__, self.who)
-            findings = _gather(self.engine, found)
+            findings = distributed.gather(self.engine, found)
         worst = max(findings, key=lambda f: list(COLOURS).index(f.level))
         level, text = worst.level, worst.text
         if level != "ok" and any(f.text != text for f in findings):
