@@ -232,26 +232,26 @@ def test_a_trial_that_the_server_ends_early_stops_all_processes_and_the_agent_go
     server: WandbServer, ce: Path, tmp_path: Path
 ) -> None:
     env = environment(server, tmp_path, IRKD_PROCESSES="2")
-    server.trials = [{"curriculum.epochs": 2000}, {"curriculum.epochs": 2000}, {"curriculum.epochs": 1}]
+    server.trials = [{"curriculum.epochs": 2000}, {"curriculum.epochs": 1}]
     sweep = make_sweep(tmp_path, env, [*TRIAL, str(ce), "${args}"], "launchers/sweep_trial.py")
     running = agent(sweep, tmp_path, env)
     run = tmp_path / "runs" / "ce-seed0-trial0"
     wait_for(lambda: steps_done(run) >= 20, tmp_path, "steps")
-    server.runs["trial0"].stop = True
-    wait_for(lambda: server.runs["trial0"].exit_codes, tmp_path, "end of the stopped trial")
-    assert server.runs["trial0"].exit_codes == [0]  # not preempted: nobody gets it again
-    assert server.again == []
-    assert [e["event"] for e in read_events(run)][-1] == "stop"
-    assert steps_done(run) < 16000
-
-    second = tmp_path / "runs" / "ce-seed0-trial1"
-    wait_for(lambda: steps_done(second) >= 20, tmp_path, "steps")
     [launcher] = [pid for pid, line in left_running(tmp_path) if "sweep_trial.py" in line]
     os.kill(launcher, signal.SIGKILL)  # as an agent does with one that takes too long
-    wait_for(lambda: read_events(second)[-1]["event"] == "stop", tmp_path, "end of the second trial")
-    server.again.clear()
+    trial = server.runs["trial0"]
+    wait_for(lambda: trial.exit_codes == [75], tmp_path, "checkpoint of a trial without its launcher")
+
+    # the agent has got it again: now the server has seen enough of it
+    wait_for(lambda: any(e["event"] == "resume" for e in read_events(run)), tmp_path, "second turn")
+    trial.stop = True
+    wait_for(lambda: len(trial.exit_codes) == 2, tmp_path, "end of the stopped trial")
+    assert trial.exit_codes == [75, 0]  # not preempted: nobody gets it again
+    assert server.again == []
     assert running.wait(120) == 0
-    assert server.runs["trial2"].exit_codes == [0]
+    assert server.runs["trial1"].exit_codes == [0]
+    assert read_events(run)[-1]["event"] == "stop"
+    assert steps_done(run) < 16000
     assert "failed" not in (tmp_path / "agent.log").read_text()
     assert left_running(tmp_path) == []
 
