@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -58,9 +58,7 @@ class Tracker:
         self._pending: collections.deque[str] = collections.deque()
         self._full = False
         if backend == "wandb":
-            self._backend = _Wandb(run, mode, project, name, config)
-            if self._backend.note:
-                self.say(self._backend.note)
+            self._backend = _Wandb(run, mode, project, name, config, self.say)
         elif backend == "tensorboard":
             self._backend = _tensorboard(run)
 
@@ -125,8 +123,7 @@ class Tracker:
         if self.main:
             self._file.close()
         if self._kind == "wandb":
-            if said := self._backend.finish():
-                self.say(said)
+            self._backend.finish()
         elif self._kind == "tensorboard":
             self._backend.close()
 
@@ -278,19 +275,26 @@ class _Wandb:
     FINISH_S = 120.0  # for the upload at the end; a server that is gone must not keep the job's nodes
 
     def __init__(
-        self, run: Path, mode: Literal["online", "offline"], project: str, name: str, config: dict[str, Any]
-    ) -> None:
+        self, run: Path, mode: Literal["online", "offline"], project: str, name: str, config: dict[str, Any],
+        say: Callable[[str], None],
+    ) -> None:  # fmt: skip
         try:
             import wandb
             from wandb.errors import CommError
         except ImportError:
             raise UserError("track.backend=wandb needs wandb: pip install 'irkd_dist[all]'") from None
         self.told_to_stop = False  # by the server: a sweep's early termination, or a person in the browser
-        self.stopped = self.preempted = False
+        self.stopped = self.preempted = self.gone = False
+        self._say = say
         id_file = run / "wandb-id.txt"
         identity = id_file.read_text().strip() if id_file.exists() else None
         known = wandb.Settings.model_fields
-        own = {"stop_fn": self._stop, "finish_timeout": self.FINISH_S}
+
+        def stop() -> None:  # a function: W&B copies its settings deeply, and a method's object with them
+            self.told_to_stop = True
+            os.kill(os.getpid(), signal.SIGTERM)  # the loop ends all ranks at the same step
+
+        own = {"stop_fn": stop, "finish_timeout": self.FINISH_S}
         chosen = {k: v for k, v in own.items() if k in known and f"WANDB_{k.upper()}" not in os.environ}
 
         def start(mode: Literal["online", "offline"]) -> Any:
@@ -300,15 +304,13 @@ class _Wandb:
                 settings=wandb.Settings(**chosen),
             )  # fmt: skip
 
-        self.note = ""
         try:
             self.run = start(mode)
         except CommError as error:
             # the server is gone or does not let us in: that is no reason to leave a GPU idle
             self.run = start("offline")
-            self.note = (
-                f"W&B does not answer ({' '.join(str(error).split())[:120]}): this run is kept offline"
-            )
+            reason = " ".join(str(error).split())[:120]
+            say(f"W&B does not answer ({reason}): this run is kept offline")
         except wandb.Error as error:
             reason = str(error).splitlines()[0]
             raise UserError(
@@ -316,19 +318,15 @@ class _Wandb:
             ) from error
         id_file.write_text(self.run.id)
 
-    def _stop(self) -> None:
-        self.told_to_stop = True
-        os.kill(os.getpid(), signal.SIGTERM)  # the loop ends all ranks at the same step
-
     def log(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
+        self._call(lambda: self.run.log(values, step=step))
 
     def stop(self) -> None:
         """The run stops before its end; unless the server wanted that, a sweep shall give it out again."""
         self.stopped = True
         if not self.run.offline and not self._server_wants_it():
             self.preempted = True
-            self.run.mark_preempting()
+            self._call(self.run.mark_preempting)
 
     def _server_wants_it(self) -> bool:
         """Whether the stop is the server's: an agent's SIGTERM looks like any other and comes before the SDK's word."""
@@ -351,23 +349,35 @@ class _Wandb:
         except (OSError, ValueError, LookupError, TypeError):
             return False
 
-    def finish(self) -> str:
-        """End the run; returns what is to be done with what is only on this disk, if anything is."""
-        folder, offline, patience = (
-            Path(self.run.dir).parent,
-            self.run.offline,
-            self.run.settings.finish_timeout,
-        )
+    def finish(self) -> None:
+        """End the run, and say what is to be done with what is only on this disk, if anything is."""
+        folder, patience = Path(self.run.dir).parent, self.run.settings.finish_timeout
         # within a `finally`: an exception on its way out is a failure
         failed = sys.exc_info()[0] is not None and not self.stopped
+        code = self.EXIT_STOPPED if self.preempted else int(failed)
         started = time.monotonic()
-        self.run.finish(exit_code=self.EXIT_STOPPED if self.preempted else int(failed))
-        if offline:
-            return f"W&B offline; send it with: wandb sync {folder.parent}/offline-run-*"
-        if 0 < patience <= time.monotonic() - started:
-            command = f"wandb sync --include-online {folder}"
-            return f"W&B took not everything in {patience:.0f} s; send the rest with: {command}"
-        return ""
+        self._call(lambda: self.run.finish(exit_code=code))
+        rest = f"send the rest with: wandb sync --include-online {folder}"
+        if self.run.offline:
+            self._say(f"W&B offline; send it with: wandb sync {folder.parent}/offline-run-*")
+        elif self.gone:
+            self._say(f"W&B has not got everything; {rest}")
+        elif 0 < patience <= time.monotonic() - started:
+            self._say(f"W&B took not everything in {patience:.0f} s; {rest}")
+
+    def _call(self, action: Callable[[], object]) -> None:
+        """Training goes on without W&B when its own process is gone, as after a signal to all processes of a job."""
+        if self.gone:
+            return
+        try:
+            action()
+        except (
+            Exception
+        ) as error:  # the SDK raises several kinds, among them OSError, which would end the run
+            self.gone = True
+            self._say(
+                f"W&B's own process has ended ({type(error).__name__}: {error}); training goes on without it"
+            )
 
 
 def _tensorboard(run: Path) -> Any:

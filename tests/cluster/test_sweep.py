@@ -198,6 +198,24 @@ def test_a_server_that_dies_does_not_stop_training_and_gets_the_run_later(
             assert steps == list(range(1, count + 1)), name
 
 
+def test_the_end_of_wandbs_own_process_does_not_stop_training(
+    server: WandbServer, ce: Path, tmp_path: Path
+) -> None:
+    env = environment(server, tmp_path)
+    (tmp_path / "agent.log").touch()
+    command = [sys.executable, "-m", "irkd_dist", "train", str(ce), "curriculum.epochs=100"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, text=True)
+    run = tmp_path / "runs" / "ce-seed0"
+    wait_for(lambda: steps_done(run) >= 20, tmp_path, "steps")
+    [core] = [pid for pid, line in left_running(tmp_path) if "wandb-core" in line]
+    os.kill(core, signal.SIGKILL)
+    said, _ = process.communicate(timeout=90)
+    assert process.returncode == 0
+    assert said.count("W&B's own process has ended") == 1
+    assert f"wandb sync --include-online {run}/wandb/run-" in said
+    assert read_events(run)[-1]["event"] == "summary"
+
+
 def test_a_preempted_trial_of_two_processes_goes_on_under_its_own_id(
     server: WandbServer, ce: Path, tmp_path: Path
 ) -> None:
