@@ -37,7 +37,9 @@ from irkd_dist.training import distributed, engines, setup, step, tracking
 from irkd_dist.training.engines import Engine
 
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "safetensors", "wandb")
-PATIENCE_S = 300.0  # of one check (DeepSpeed compiles at its first use), then a process does not answer: it ends
+PATIENCE_S = (
+    300.0  # of one check (DeepSpeed compiles at its first use), then a process does not answer: it ends
+)
 REACH_S = 20.0  # for the launcher's port to answer
 VISIBLE_S = 15.0  # for a file to be seen by every process; NFS clients may remember a folder for some seconds
 MIB, GIB = 2**20, 2**30

@@ -324,9 +324,12 @@ class _Wandb:
     def stop(self) -> None:
         """The run stops before its end; unless the server wanted that, a sweep shall give it out again."""
         self.stopped = True
+        self._call(self._give_back)
+
+    def _give_back(self) -> None:
         if not self.run.offline and not self._server_wants_it():
             self.preempted = True
-            self._call(self.run.mark_preempting)
+            self.run.mark_preempting()
 
     def _server_wants_it(self) -> bool:
         """Whether the stop is the server's: an agent's SIGTERM looks like any other and comes before the SDK's word."""

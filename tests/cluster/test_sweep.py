@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import signal
@@ -198,7 +199,7 @@ def test_a_server_that_dies_does_not_stop_training_and_gets_the_run_later(
             assert steps == list(range(1, count + 1)), name
 
 
-def test_the_end_of_wandbs_own_process_does_not_stop_training(
+def test_the_end_of_wandbs_own_process_keeps_no_run_from_its_checkpoint(
     server: WandbServer, ce: Path, tmp_path: Path
 ) -> None:
     env = environment(server, tmp_path)
@@ -209,11 +210,13 @@ def test_the_end_of_wandbs_own_process_does_not_stop_training(
     wait_for(lambda: steps_done(run) >= 20, tmp_path, "steps")
     [core] = [pid for pid, line in left_running(tmp_path) if "wandb-core" in line]
     os.kill(core, signal.SIGKILL)
+    process.send_signal(signal.SIGTERM)  # as SLURM does: it signals every process of a job that it takes away
     said, _ = process.communicate(timeout=90)
-    assert process.returncode == 0
+    assert process.returncode == 75
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
     assert said.count("W&B's own process has ended") == 1
     assert f"wandb sync --include-online {run}/wandb/run-" in said
-    assert read_events(run)[-1]["event"] == "summary"
+    assert read_events(run)[-1]["event"] == "stop"
 
 
 def test_a_preempted_trial_of_two_processes_goes_on_under_its_own_id(
