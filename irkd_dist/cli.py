@@ -89,6 +89,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--print-config", action="store_true", help="show the resolved configuration and stop")
     train.set_defaults(call=_train)
 
+    doctor = _command(commands, "doctor", "check machine, processes, data and one step before a run")
+    doctor.add_argument("config", nargs="?", help="YAML file of the run to come; without: the machine only")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="or --key=value")
+    doctor.add_argument("--slurm", action="store_true", help="on every node of this SLURM allocation")
+    doctor.set_defaults(call=_doctor)
+
+    status = _command(commands, "status", "where a run stands: stage, speed, checkpoint, time left")
+    status.add_argument("run", type=Path, help="run folder")
+    status.set_defaults(call=_status)
+
     evaluate = commands.add_parser(
         "evaluate", help="accuracy at each resolution, saliency agreement, pointing game"
     )
@@ -163,6 +173,21 @@ def _train(arguments: argparse.Namespace) -> int:
     from irkd_dist.training.train import train
 
     train(loaded)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from irkd_dist import doctor
+
+    if arguments.slurm:
+        return doctor.over_the_allocation([*filter(None, [arguments.config]), *arguments.overrides])
+    return doctor.doctor(arguments.config, arguments.overrides)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from irkd_dist import status
+
+    print(status.show(status.read(arguments.run)))
     return 0
 
 

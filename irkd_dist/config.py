@@ -504,7 +504,16 @@ def _parse_override(text: str) -> tuple[str, Any]:
     parsed = OmegaConf.from_dotlist([f"value={value}"]).get("value")
     if OmegaConf.is_config(parsed):
         parsed = OmegaConf.to_container(parsed)
-    return key, None if parsed == "None" else parsed
+    return key, _plain(parsed)
+
+
+def _plain(value: Any) -> Any:
+    """Python's None as W&B writes it, `None` in the midst of lists and mappings, is YAML's null."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return None if value == "None" else value
 
 
 def _run_name(file: Path, seed: object) -> str:

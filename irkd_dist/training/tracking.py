@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import collections
 import contextlib
+import importlib.util
 import json
 import os
+import signal
+import socket
+import sys
 import time
-from collections.abc import Iterator
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +58,7 @@ class Tracker:
         self._pending: collections.deque[str] = collections.deque()
         self._full = False
         if backend == "wandb":
-            self._backend = _wandb(run, mode, project, name, config)
+            self._backend = _Wandb(run, mode, project, name, config, self.say)
         elif backend == "tensorboard":
             self._backend = _tensorboard(run)
 
@@ -61,6 +68,8 @@ class Tracker:
             line = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
             self._pending.append(json.dumps(line) + "\n")
             self._write()
+            if kind == "stop" and self._kind == "wandb":
+                self._backend.stop()
 
     def sync(self) -> None:
         """Return when all events are on the disk itself, as far as it takes them."""
@@ -85,7 +94,7 @@ class Tracker:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Send numbers to the backend."""
         if self._kind == "wandb":
-            self._backend.log(values, step=step)
+            self._backend.log(values, step)
         elif self._kind == "tensorboard":
             for key, value in values.items():
                 self._backend.add_scalar(key, value, step)
@@ -138,6 +147,38 @@ def count_bar(what: str) -> Iterator[tuple[Any, Any]]:
                 console.print(f"{done} of {total} {what}")
 
         yield progress, console.print
+
+
+def reach(backend: str, mode: str) -> str:
+    """Whether a backend could be used from here, without starting anything; for `irkd doctor`.
+
+    Raises:
+        UserError: it is not installed, has no key, or its server does not answer.
+    """
+    if backend == "none":
+        return "events.jsonl only (track.backend=none)"
+    if importlib.util.find_spec(backend) is None:
+        raise UserError(f"track.backend={backend} needs {backend}: pip install 'irkd_dist[all]'")
+    if backend == "tensorboard":
+        return "TensorBoard is installed"
+    if mode == "offline":
+        return "W&B offline, no account needed; `wandb sync` sends a run later (track.mode=online: at once)"
+    import wandb
+
+    server = urllib.parse.urlsplit(wandb.Settings().base_url)
+    where = f"{server.scheme}://{server.netloc}"
+    port = server.port or (443 if server.scheme == "https" else 80)
+    try:
+        socket.create_connection((server.hostname or "", port), timeout=5.0).close()
+    except OSError as error:
+        raise UserError(
+            f"W&B's server {where} does not answer: {error}; track.mode=offline needs none"
+        ) from error
+    if not wandb.api.api_key:
+        raise UserError(
+            f"no key for {where}: run `wandb login`, set WANDB_API_KEY, or use track.mode=offline"
+        )
+    return f"W&B online: {where} answers, a key is there"
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
@@ -260,33 +301,119 @@ def _open_events(file: Path) -> Any:
     return handle
 
 
-def _wandb(
-    run: Path, mode: Literal["online", "offline"], project: str, name: str, config: dict[str, Any]
-) -> Any:
-    try:
+class _Wandb:
+    """A W&B run: sends numbers, says how it ended, and turns the server's stop into a request to this process."""
+
+    EXIT_STOPPED = 75  # with "preempting" a sweep's server gives the trial out again
+    FINISH_S = 120.0  # for the upload at the end; a server that is gone must not keep the job's nodes
+
+    def __init__(
+        self, run: Path, mode: Literal["online", "offline"], project: str, name: str, config: dict[str, Any],
+        say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        try:
+            import wandb
+            from wandb.errors import CommError
+        except ImportError:
+            raise UserError("track.backend=wandb needs wandb: pip install 'irkd_dist[all]'") from None
+        self.told_to_stop = False  # by the server: a sweep's early termination, or a person in the browser
+        self.stopped = self.preempted = self.gone = False
+        self._say = say
+        id_file = run / "wandb-id.txt"
+        identity = id_file.read_text().strip() if id_file.exists() else None
+        known = wandb.Settings.model_fields
+
+        def stop() -> None:  # a function: W&B copies its settings deeply, and a method's object with them
+            self.told_to_stop = True
+            os.kill(os.getpid(), signal.SIGTERM)  # the loop ends all ranks at the same step
+
+        own = {"stop_fn": stop, "finish_timeout": self.FINISH_S}
+        chosen = {k: v for k, v in own.items() if k in known and f"WANDB_{k.upper()}" not in os.environ}
+
+        def start(mode: Literal["online", "offline"]) -> Any:
+            # a preempted run goes on under its own id; a sweep's agent gives one by environment, read by wandb
+            return wandb.init(
+                project=project, name=name, config=config, dir=run, mode=mode, id=identity, resume="allow",
+                settings=wandb.Settings(**chosen),
+            )  # fmt: skip
+
+        try:
+            self.run = start(mode)
+        except CommError as error:
+            # the server is gone or does not let us in: that is no reason to leave a GPU idle
+            self.run = start("offline")
+            reason = " ".join(str(error).split())[:120]
+            say(f"W&B does not answer ({reason}): this run is kept offline")
+        except wandb.Error as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"track.mode={mode}: W&B does not start: {reason} (offline needs no account)"
+            ) from error
+        id_file.write_text(self.run.id)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._call(lambda: self.run.log(values, step=step))
+
+    def stop(self) -> None:
+        """The run stops before its end; unless the server wanted that, a sweep shall give it out again."""
+        self.stopped = True
+        self._call(self._give_back)
+
+    def _give_back(self) -> None:
+        if not self.run.offline and not self._server_wants_it():
+            self.preempted = True
+            self.run.mark_preempting()
+
+    def _server_wants_it(self) -> bool:
+        """Whether the stop is the server's: an agent's SIGTERM looks like any other and comes before the SDK's word."""
+        if self.told_to_stop:
+            return True
         import wandb
-    except ImportError:
-        raise UserError("track.backend=wandb needs wandb: pip install 'irkd_dist[all]'") from None
-    id_file = run / "wandb-id.txt"
-    identity = id_file.read_text().strip() if id_file.exists() else None
-    # a preempted run goes on under its own id; a sweep's agent gives one by environment, which wandb reads itself
-    try:
-        handle = wandb.init(
-            project=project,
-            name=name,
-            config=config,
-            dir=run,
-            mode=mode,
-            id=identity,
-            resume="allow",  # type: ignore[arg-type]
+
+        query = """query RunStoppedStatus($projectName: String, $entityName: String, $runId: String!) {
+            project(name: $projectName, entityName: $entityName) { run(name: $runId) { stopped } } }"""
+        names = {"projectName": self.run.project, "entityName": self.run.entity, "runId": self.run.id}
+        key = base64.b64encode(f"api:{wandb.api.api_key}".encode()).decode()
+        request = urllib.request.Request(
+            f"{self.run.settings.base_url}/graphql",
+            json.dumps({"query": query, "variables": names}).encode(),
+            {"Content-Type": "application/json", "Authorization": f"Basic {key}"},
         )
-    except wandb.Error as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"track.mode={mode}: W&B does not start: {reason} (offline needs no account)"
-        ) from error
-    id_file.write_text(handle.id)
-    return handle
+        try:
+            with urllib.request.urlopen(request, timeout=5.0) as answer:
+                return bool(json.load(answer)["data"]["project"]["run"]["stopped"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+
+    def finish(self) -> None:
+        """End the run, and say what is to be done with what is only on this disk, if anything is."""
+        folder, patience = Path(self.run.dir).parent, self.run.settings.finish_timeout
+        # within a `finally`: an exception on its way out is a failure
+        failed = sys.exc_info()[0] is not None and not self.stopped
+        code = self.EXIT_STOPPED if self.preempted else int(failed)
+        started = time.monotonic()
+        self._call(lambda: self.run.finish(exit_code=code))
+        rest = f"send the rest with: wandb sync --include-online {folder}"
+        if self.run.offline:
+            self._say(f"W&B offline; send it with: wandb sync {folder.parent}/offline-run-*")
+        elif self.gone:
+            self._say(f"W&B has not got everything; {rest}")
+        elif 0 < patience <= time.monotonic() - started:
+            self._say(f"W&B took not everything in {patience:.0f} s; {rest}")
+
+    def _call(self, action: Callable[[], object]) -> None:
+        """Training goes on without W&B when its own process is gone, as after a signal to all processes of a job."""
+        if self.gone:
+            return
+        try:
+            action()
+        except (
+            Exception
+        ) as error:  # the SDK raises several kinds, among them OSError, which would end the run
+            self.gone = True
+            self._say(
+                f"W&B's own process has ended ({type(error).__name__}: {error}); training goes on without it"
+            )
 
 
 def _tensorboard(run: Path) -> Any:

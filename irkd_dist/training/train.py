@@ -315,8 +315,8 @@ def _save(run: Run, best: tuple[str, curriculum.State] | None = None) -> None:
     owner = file.read_text() if run.job.engine.main and file.exists() else run.session
     if distributed.broadcast(run.job.engine, owner) != run.session:
         raise Superseded(
-            f"{run.job.folder} was taken over by another start of the same run ({owner} s since 1970; this one began at "
-            f"{run.session}): nothing more is written from here"
+            f"{run.job.folder} was taken over by another start of the same run ({owner} s since 1970; this one began "
+            f"at {run.session}): nothing more is written from here"
         )
     saving.save(run.job, run.position, run.writer, run.tracker, best)
     run.saved = time.perf_counter()

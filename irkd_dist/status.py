@@ -1,0 +1,225 @@
+"""Where a run stands, from its folder alone: no process is asked, no torch is imported, a mounted folder will do."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from irkd_dist.errors import UserError
+from irkd_dist.training.tracking import EVENTS, read_events
+
+SILENT = 120.0  # seconds without a sign of life after which "running" is doubted; a slow run's own pace counts more
+TROUBLE = ("skip", "rollback", "checkpoint_failed", "stop")
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `show` prints; None where the run has not come that far."""
+
+    run: str
+    state: str  # waiting, running, silent, stopped, finished, failed
+    reason: str  # why it stopped or failed, else empty
+    age: float  # seconds since its last sign of life
+    stage: int  # 0-based
+    stages: int
+    resolution: int
+    epoch: int  # epochs done in the stage
+    epochs: int  # epochs of the stage at most
+    step: int
+    steps: int | None  # of the whole run at most
+    images_per_s: float | None
+    step_s: float | None
+    data_wait: float | None
+    accuracy: float | None
+    best: float | None  # of this stage
+    split: str
+    checkpoint_step: int | None  # newest on disk
+    checkpoint_age: float | None
+    restarts: int
+    world: int | None
+    trouble: dict[str, int]  # how often: skip, rollback, ...
+    left: float | None  # estimated seconds
+
+
+def read(run: Path, now: float | None = None) -> Status:
+    """Read a run folder.
+
+    Raises:
+        UserError: not a run folder, or its files cannot be read.
+    """
+    now = time.time() if now is None else now
+    events = read_events(run)
+    stages, by_tokens = _stages(run)
+    told = _told(run)
+    kinds = {kind: [e for e in events if e["event"] == kind] for kind in ("train", "evaluation", "stage")}
+    entered = kinds["stage"][-1] if kinds["stage"] else {"stage": 0, "resolution": stages[0][0], "step": 0}
+    here = entered["stage"]
+    resolution, epochs = stages[here]
+    judged = [e for e in kinds["evaluation"] if e["stage"] == here]
+    trained = [e for e in kinds["train"] if e["stage"] == here and "seconds" in e]
+    finished = any(e["event"] == "summary" for e in events)
+    step = max((e["step"] for e in events), default=0)
+    per_epoch = entered.get("steps_per_epoch")
+    last = max([e["time"] for e in events] + ([told["time"]] if told else []), default=now)
+    age = max(now - last, 0.0)
+    checkpoint = _newest_checkpoint(run)
+    starts = _starts(run)
+    state = _state(told, finished, age, trained, bool(kinds["stage"]))
+    latest = trained[-1] if trained else None
+    left = None
+
+    def scale(side: int) -> float:
+        return (side / resolution) ** 2 if by_tokens else 1.0
+
+    if state in ("running", "silent", "stopped") and per_epoch:
+        left = _left(events, entered, step, stages, per_epoch)
+    return Status(
+        str(run), state, str(told.get("reason") or "") if told and state == told["state"] else "", age, here,
+        len(stages), resolution, judged[-1]["stage_epoch"] if judged else 0, epochs, step,
+        round(sum(e * per_epoch * scale(r) for r, e in stages)) if per_epoch else None,
+        latest["images_per_s"] if latest else None, _step_seconds(trained),
+        latest["data_wait"] if latest else None, judged[-1]["accuracy"] if judged else None,
+        max((e["accuracy"] for e in judged), default=None), judged[-1]["split"] if judged else "",
+        checkpoint[0] if checkpoint else None, max(now - checkpoint[1], 0.0) if checkpoint else None,
+        max(len(starts) - 1, 0), starts[-1].get("world") if starts else None,
+        {k: n for k in TROUBLE if (n := sum(e["event"] == k for e in events))}, left,
+    )  # fmt: skip
+
+
+def show(status: Status) -> str:
+    """The lines a person reads."""
+    s = status
+    head = {
+        "waiting": f"has not trained yet, last sign of life {_span(s.age)} ago",
+        "running": f"running, last sign of life {_span(s.age)} ago",
+        "silent": f"no sign of life for {_span(s.age)}: killed, or it hangs; the same command goes on with it",
+        "stopped": f"stopped {_span(s.age)} ago; the same command goes on with it",
+        "finished": f"finished {_span(s.age)} ago",
+        "failed": f"failed {_span(s.age)} ago",
+    }[s.state]
+    rows = [
+        ("stage", f"{s.stage + 1} of {s.stages}: {s.resolution} px, {s.epoch} of {s.epochs} epochs done"),
+        ("step", f"{s.step:,}" + (f" of {s.steps:,} at most" if s.steps and s.state != "finished" else "")),
+    ]
+    if s.reason:
+        rows.insert(0, ("why", s.reason))
+    if s.images_per_s is not None and s.step_s is not None and s.data_wait is not None:
+        who = f" on {s.world} process{'es' if s.world != 1 else ''}" if s.world else ""
+        waiting = f"{s.data_wait:.1%} of it waiting for images"
+        rows.append(("speed", f"{s.images_per_s:,.0f} images/s{who}, {s.step_s:.3g} s a step, {waiting}"))
+    if s.accuracy is not None and s.best is not None:
+        rows.append(("accuracy", f"{s.accuracy:.2%} ({s.split}), best of this stage {s.best:.2%}"))
+    if s.checkpoint_step is None or s.checkpoint_age is None:
+        rows.append(("checkpoint", "none yet"))
+    else:
+        rows.append(("checkpoint", f"step {s.checkpoint_step:,}, {_span(s.checkpoint_age)} old"))
+    rows.append(("restarts", str(s.restarts)))
+    if s.trouble:
+        rows.append(("events", ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in s.trouble.items())))
+    if s.left is not None:
+        how = "an estimate" + (": later stages by their pixels" if s.stage + 1 < s.stages else "")
+        rows.append(("left", f"about {_span(s.left)} of training at most ({how})"))
+    return "\n".join([f"{s.run}: {head}", *(f"  {name:<11} {text}" for name, text in rows)])
+
+
+def _stages(run: Path) -> tuple[list[tuple[int, int]], bool]:
+    """(resolution, epochs) of each stage, and whether its steps go with its pixels (curriculum.batch=tokens)."""
+    file = run / "config.yaml"
+    try:
+        tree: Any = OmegaConf.to_container(OmegaConf.load(file))
+        if tree.get("fixed"):
+            return [(tree["fixed"]["resolution"], tree["fixed"]["epochs"])], False
+        plan = tree["curriculum"]
+        stages = [(s["resolution"], s["epochs"] or plan["epochs"]) for s in plan["stages"]]
+        return stages, plan.get("batch") == "tokens"
+    except FileNotFoundError:
+        raise UserError(f"{run} is no run folder: it has no config.yaml") from None
+    except Exception as error:
+        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def _told(run: Path) -> dict[str, Any]:
+    """status.json as rank 0 keeps it; empty where there is none yet or it is being written."""
+    try:
+        told = json.loads((run / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) and {"state", "time"} <= told.keys() else {}
+
+
+def _state(
+    told: dict[str, Any], finished: bool, age: float, trained: list[dict[str, Any]], entered: bool
+) -> str:
+    """What the run said of itself, doubted where it says that it runs and nothing has been heard for long."""
+    if told.get("state") in ("stopped", "finished", "failed"):
+        return told["state"]
+    if finished:
+        return "finished"
+    pace = max((e["seconds"] for e in trained[-5:]), default=0.0)
+    if age > max(SILENT, 10 * pace):
+        return "silent"
+    return "running" if entered else "waiting"
+
+
+def _starts(run: Path) -> list[dict[str, Any]]:
+    """Every start and resume up to the first end: read_events forgets those that came to nothing."""
+    starts = []
+    for line in (run / EVENTS).read_text().splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if event.get("event") == "summary":
+            break
+        if event.get("event") in ("start", "resume"):
+            starts.append(event)
+    return starts
+
+
+def _newest_checkpoint(run: Path) -> tuple[int, float] | None:
+    """Step and time of the newest checkpoint; a folder has its name only when it is whole."""
+    found = []
+    for state in (run / "checkpoints").glob("step-*/state.json"):
+        try:
+            found.append((int(state.parent.name.removeprefix("step-")), state.stat().st_mtime))
+        except (OSError, ValueError):
+            continue  # pruned under our eyes
+    return max(found, default=None)
+
+
+def _step_seconds(trained: list[dict[str, Any]]) -> float | None:
+    """Seconds a step over the newest lines; a line covers the steps since the one before."""
+    recent = trained[-11:]
+    steps = recent[-1]["step"] - recent[0]["step"] if recent else 0
+    return sum(e["seconds"] for e in recent[1:]) / steps if steps > 0 else None
+
+
+def _left(
+    events: list[dict[str, Any]], entered: dict[str, Any], step: int, stages: list[tuple[int, int]], per_epoch: int
+) -> float | None:  # fmt: skip
+    """Seconds left if no stage ends early: the pace since this stage was entered, validation and checkpoints included;
+    an epoch of a stage to come takes as much longer as its images have more pixels."""
+    done = step - entered["step"]
+    if done <= 0:
+        return None
+    since = [e["time"] for e in events if e["time"] >= entered["time"]]
+    epoch_s = (max(since) - entered["time"]) / done * per_epoch
+    here = entered["stage"]
+    first = min((e["step"] for e in events if e["event"] == "stage" and e["stage"] == here), default=step)
+    side, epochs = stages[here]
+    rest = max(epochs - (step - first) / per_epoch, 0)
+    return epoch_s * (rest + sum(count * (later / side) ** 2 for later, count in stages[here + 1 :]))
+
+
+def _span(seconds: float) -> str:
+    """A length of time in its two largest units."""
+    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if seconds >= size:
+            rest = int(seconds % size // part)
+            return f"{int(seconds // size)} {unit}" + (f" {rest} {smaller}" if rest else "")
+    return f"{seconds:.0f} s"
