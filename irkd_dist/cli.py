@@ -85,7 +85,20 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="YAML file; those that ship with the package are named configs/...")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="or --key=value, as sweeps send it")
     train.add_argument("--print-config", action="store_true", help="show the resolved configuration and stop")
+    train.add_argument("--print-folder", action="store_true", help="show the run folder and stop")
     train.set_defaults(call=_train)
+
+    requeue = _command(commands, "requeue", "after a job of `irkd train`: is it to run again?")
+    requeue.add_argument("config", help="as given to irkd train")
+    requeue.add_argument("overrides", nargs="*", metavar="key=value", help="as given to irkd train")
+    requeue.add_argument(
+        "--limit",
+        type=int,
+        default=3,
+        metavar="N",
+        help="restarts in a row without a new checkpoint (default 3)",
+    )
+    requeue.set_defaults(call=_requeue)
 
     evaluate = commands.add_parser(
         "evaluate", help="accuracy at each resolution, saliency agreement, pointing game"
@@ -158,9 +171,22 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(config.to_yaml(loaded), end="")
         return 0
+    if arguments.print_folder:
+        from irkd_dist import runs
+
+        print(runs.folder_of(loaded))
+        return 0
     from irkd_dist.training.train import train
 
     train(loaded)
+    return 0
+
+
+def _requeue(arguments: argparse.Namespace) -> int:
+    from irkd_dist import config, runs
+    from irkd_dist.training import requeue
+
+    print(requeue.decide(runs.folder_of(config.load(arguments.config, arguments.overrides)), arguments.limit))
     return 0
 
 
