@@ -88,9 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--print-folder", action="store_true", help="show the run folder and stop")
     train.set_defaults(call=_train)
 
-    requeue = _command(commands, "requeue", "after a job of `irkd train`: is it to run again?")
-    requeue.add_argument("config", help="as given to irkd train")
-    requeue.add_argument("overrides", nargs="*", metavar="key=value", help="as given to irkd train")
+    requeue = _command(commands, "requeue", "after a job of irkd train: is it to run again?")
+    requeue.add_argument("run", type=Path, help="run folder")
     requeue.add_argument(
         "--limit",
         type=int,
@@ -183,10 +182,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _requeue(arguments: argparse.Namespace) -> int:
-    from irkd_dist import config, runs
     from irkd_dist.training import requeue
 
-    print(requeue.decide(runs.folder_of(config.load(arguments.config, arguments.overrides)), arguments.limit))
+    print(requeue.decide(arguments.run, arguments.limit))
     return 0
 
 

@@ -22,10 +22,11 @@ class Verdict:
         return f"{self.action}: {self.why}"
 
 
-def decide(run: Path, limit: int) -> Verdict:
+def decide(run: Path, limit: int, count: bool = True) -> Verdict:
     """Requeue what stopped on request or crashed, unless `limit` restarts in a row brought no new checkpoint.
 
-    Called once after each attempt: it counts the restarts in `restarts.json` of the run folder.
+    Called once after each attempt, it counts the restarts in `restarts.json` of the run folder; `count=False` looks
+    and changes nothing.
     """
     status = _read(run / STATUS)
     state, step = status.get("state"), _newest_step(run)
@@ -37,6 +38,8 @@ def decide(run: Path, limit: int) -> Verdict:
         str(state), "ended before training began"
     )
     what += f", newest checkpoint {f'at step {step}' if step is not None else 'none'}"
+    if not count:
+        return Verdict("requeue", what)
 
     before = _read(run / RESTARTS)
     vain = before.get("without_progress", 0) + 1 if before.get("step", None) == step else 0
