@@ -220,6 +220,16 @@ def wait_for(
         time.sleep(0.3)
 
 
+def processes() -> dict[int, list[str]]:
+    """Each process with the words of its command."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                found[int(entry.name)] = (entry / "cmdline").read_text().split("\0")
+    return found
+
+
 def _tree(environment: dict[str, str]) -> list[int]:
     """Processes whose environment holds these settings, and all that they started."""
     settings = {f"{key}={value}".encode() for key, value in environment.items()}
