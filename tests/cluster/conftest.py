@@ -80,6 +80,7 @@ class Job:
         """Wait until training has started so often and written a checkpoint since; returns the last start."""
 
         def going() -> bool:
+            self.cluster.hurry()
             last = self.events("start", "resume")[-1:]
             saved = self.events("checkpoint")[-1:]
             return self.starts() >= starts and bool(saved) and saved[0]["time"] > last[0]["time"]

@@ -140,8 +140,8 @@ def test_a_crash_loop_ends_at_the_cap(submit: Submit) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("optim.lrr=1", "irkd: error: unknown key optim.lrr=1"),
-        ("data.shards=nowhere", "irkd: error: nowhere"),
+        ("optim.lrr=1", "unknown key optim.lrr=1; did you mean lr?"),
+        ("data.shards=nowhere", "failed: no folder of shards at nowhere"),
     ],
 )
 def test_a_users_error_is_not_requeued(submit: Submit, wrong: str, message: str) -> None:
