@@ -32,7 +32,7 @@ from torch import nn
 from irkd_dist.distill import models
 from irkd_dist.distill.module import Distiller, Objective, Targets
 from irkd_dist.distill.teacher import Teacher, freeze
-from irkd_dist.training.distributed import autocast_dtype
+from irkd_dist.training.engines import autocast_dtype
 
 VARIANTS = ("timm", "kd", "saliency")
 TEMPERATURE = 4.0

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 from irkd_dist import __version__
-from irkd_dist.errors import UserError
+from irkd_dist.errors import EXIT_STOPPED, EXIT_USER, Stopped, UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for the user's errors, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for the user's errors, 75 when asked to stop, 130 interrupted."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     overrides = [text for text in rest if "=" in text]
@@ -25,10 +25,12 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         for line in str(error).splitlines():
             print(f"irkd: error: {line}", file=sys.stderr)
-        return 2
+        return EXIT_USER
+    except Stopped:
+        return EXIT_STOPPED  # the run has said why
     except OSError as error:
         print(f"irkd: error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_USER
     except KeyboardInterrupt:
         print("irkd: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -9,7 +9,7 @@ import difflib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -37,6 +37,9 @@ class Data:
     shards: str = "shards/cifar10"  # folder with manifest.json
     batch: Positive = 128  # global batch, over all processes
     subset: Positive | None = None  # train on this many images (class-balanced, fixed choice)
+    leave_out: list[NonNegative] = field(
+        default_factory=list
+    )  # steps of the run whose batches are not trained on
     centre_crop: bool = False  # crop-mode shards: evaluate on a centre crop instead of a resize
     cache: Literal["none", "ram", "device"] = "ram"  # decoded images kept after the first epoch
     workers: Positive = 2  # decoding threads
@@ -89,6 +92,7 @@ class Teacher:
     schedule: Literal["final", "aligned"] = (
         "final"  # aligned: stage i of n gets the teacher as of (i + 1) / n of its run
     )
+    shard: bool = False  # spread its parameters over the processes (FSDP2): for one too large for a device
     renormalize: bool = False  # feed it its own mean and std where they differ from the shards'
     mean: tuple[float, float, float] | None = None  # its normalisation, for teacher.model; null: the shards'
     std: tuple[float, float, float] | None = None
@@ -135,34 +139,48 @@ class Loss:
     __pydantic_config__ = _strict
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """What ends a stage before its last epoch; looked at when an epoch ends."""
+
+    min_epochs: Positive | None = None  # before patience or target may end it
+    patience: Positive | None = None  # epochs without a better validation accuracy
+    target: Fraction | None = None  # validation accuracy
+    minutes: PositiveFloat | None = None  # of training and validation
+    tokens: PositiveFloat | None = None  # patch tokens that the student sees (pixels, if it has no patches)
+    __pydantic_config__ = _strict
+
+
 @dataclass(frozen=True)
-class Stage:
+class Stage(Ends):
     """One resolution of the curriculum."""
 
     resolution: Positive
-    epochs: Positive | None = None  # null: curriculum.epochs
+    epochs: Positive | None = None  # at most; null: curriculum.epochs
     teacher: str | None = None  # checkpoint folder for this stage; null: the teacher's schedule
     __pydantic_config__ = _strict
 
 
 @dataclass(frozen=True)
-class Curriculum:
-    """Stages of resolution, in order; they may go down as well as up."""
+class Curriculum(Ends):
+    """Stages of resolution, in order; they may go down as well as up. What a stage leaves out is taken from here."""
 
     stages: list[Stage] = field(default_factory=list)
-    epochs: Positive = 10  # of a stage that names none
-    patience: Positive | None = None  # epochs without a better validation accuracy that end a stage early
+    epochs: Positive = 10
     start_from: Literal["last", "best"] = "last"  # weights that the next stage starts from
+    # tokens: a larger batch at low resolution, so that a batch has the tokens of data.batch at the largest stage
+    batch: Literal["fixed", "tokens"] = "fixed"
+    # factor of optim.lr where the batch is k times data.batch: 1, square root of k (for Adam), or k
+    lr_scaling: Literal["none", "sqrt", "linear"] = "sqrt"
     __pydantic_config__ = _strict
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Ends):
     """Training at one resolution with one optimizer to the end."""
 
     resolution: Positive
     epochs: Positive
-    patience: Positive | None = None
     __pydantic_config__ = _strict
 
 
@@ -187,6 +205,10 @@ class Optim:
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     clip: PositiveFloat | None = None  # global gradient norm
+    # micro-batches that each process computes its share of the batch in; the global batch stays
+    accumulate: Positive = 1
+    # steps without a finite loss, since the last checkpoint, after which the run goes back to it (once)
+    max_skips: NonNegative = 10
     policy: Literal["reset", "carry", "rewarm"] = "reset"
     rewarm_steps: Positive = 100  # under rewarm: steps of a linear warm-up at each new stage
     schedule: Schedule = field(default_factory=Schedule)
@@ -199,7 +221,7 @@ class Checkpoint:
 
     every_steps: Positive | None = None
     every_minutes: PositiveFloat | None = None
-    keep: Positive = 2  # newest ones kept
+    keep: Positive = 2  # newest ones kept, besides the best of each stage
     keep_epochs: Positive | None = (
         None  # and every n-th epoch's for good (a teacher that intermediate stages use)
     )
@@ -215,6 +237,7 @@ class Track:
     project: str = "irkd"
     log_every: Positive = 20  # steps between loss lines
     panels: NonNegative = 4  # images whose saliency panels are kept at the end of each stage
+    samples: bool = False  # write down which samples each step saw, in samples/ of the run folder
     __pydantic_config__ = _strict
 
 
@@ -232,7 +255,9 @@ class Config:
     fixed: Fixed | None = None
     optim: Optim = field(default_factory=Optim)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
-    engine: Literal["ddp"] = "ddp"
+    # auto: what `accelerate launch` was given, else ddp; zero0 to zero3 are DeepSpeed's ZeRO stages
+    engine: Literal["auto", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"] = "auto"
+    rank_timeout_s: PositiveFloat = 120.0  # a process without a sign of life for so long ends the run
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     track: Track = field(default_factory=Track)
     name: str | None = None  # null: the config's stem and the seed (and the W&B run id in a sweep)
@@ -244,12 +269,17 @@ OPERATIONAL = (
     "name",
     "out",
     "engine",
+    "rank_timeout_s",
+    "optim.accumulate",
+    "optim.max_skips",
+    "teacher.shard",
     "checkpoint",
     "track",
     "data.shards",  # its content is compared by digest
     "data.cache",
     "data.workers",
     "data.verify",
+    "data.leave_out",
     "teacher.run",  # likewise
 )
 
@@ -318,23 +348,49 @@ def to_yaml(config: Config) -> str:
 
 
 def stages(config: Config) -> list[Stage]:
-    """The stages to run, each with its epochs; a fixed-resolution run has one."""
+    """The stages to run, each with its epochs and what may end it; a fixed-resolution run has one."""
     if config.fixed is not None:
-        return [Stage(config.fixed.resolution, config.fixed.epochs)]
+        return [Stage(**asdict(config.fixed))]
     assert config.curriculum is not None
+    common = config.curriculum
+    inherited = ("epochs", *(f.name for f in fields(Ends)))
     return [
-        Stage(s.resolution, s.epochs or config.curriculum.epochs, s.teacher) for s in config.curriculum.stages
+        replace(s, **{key: getattr(common, key) for key in inherited if getattr(s, key) is None})
+        for s in common.stages
     ]
+
+
+def stage_batch(config: Config, resolution: int) -> int:
+    """Global batch at a resolution: data.batch, or (curriculum.batch=tokens) with the tokens of the largest stage."""
+    if config.curriculum is None or config.curriculum.batch == "fixed":
+        return config.data.batch
+    largest = max(s.resolution for s in config.curriculum.stages)
+    return max(round(config.data.batch * (largest / resolution) ** 2), 1)
+
+
+def stage_lr(config: Config, resolution: int) -> float:
+    """Peak learning rate at a resolution, scaled with its batch (curriculum.lr_scaling)."""
+    rule = "none" if config.curriculum is None else config.curriculum.lr_scaling
+    ratio = stage_batch(config, resolution) / config.data.batch
+    return config.optim.lr * {"none": 1.0, "sqrt": ratio**0.5, "linear": ratio}[rule]
+
+
+def semantic_keys(tree: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a tree of plain values that change the numbers, as `a.b: value`."""
+    return {
+        key: value
+        for key, value in _flatten(tree).items()
+        if not any(key == op or key.startswith(op + ".") for op in OPERATIONAL)
+    }
 
 
 def semantic_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines `key: old -> new` for each semantic key that differs between two trees of plain values."""
-    before, after = _flatten(old), _flatten(new)
+    before, after = semantic_keys(old), semantic_keys(new)
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted({*before, *after})
         if before.get(key) != after.get(key)
-        and not any(key == op or key.startswith(op + ".") for op in OPERATIONAL)
     ]
 
 
@@ -376,6 +432,13 @@ def check(config: Config) -> None:
         raise UserError(
             "student.distilled=true with loss.kd.alpha=0: nothing teaches the distillation token; use auto"
         )
+    if config.engine != "auto":
+        check_engine(config, config.engine)
+    for i, stage in enumerate(stages(config)):
+        if stage.min_epochs is not None and stage.min_epochs > (stage.epochs or 0):
+            raise UserError(
+                f"stage {i}: min_epochs={stage.min_epochs} is above its epochs={stage.epochs}; lower the first"
+            )
     if not isinstance(loss.saliency.taps, str) and not loss.saliency.taps:
         raise UserError(
             "loss.saliency.taps is empty: name taps, e.g. [first, second, last], or set gamma to 0"
@@ -386,6 +449,17 @@ def check(config: Config) -> None:
     for role, model in patches.items():
         if model.name in models.PAPER_MODELS and model.patch is not None:
             check_resolutions(config, model.patch, role)
+
+
+def check_engine(config: Config, engine: str) -> None:
+    """Refuse what an engine cannot compute."""
+    saliency = config.loss.saliency
+    if engine == "zero3" and saliency.gamma and saliency.method != "attention":
+        raise UserError(
+            f"engine=zero3 with loss.saliency.method={saliency.method}: ZeRO-3 frees the parameters that the saliency "
+            "gradient needs a second time, and DeepSpeed cannot differentiate through it; use engine=fsdp2 (fully "
+            "sharded too), or zero2"
+        )
 
 
 def check_resolutions(config: Config, patch: int, role: str) -> None:

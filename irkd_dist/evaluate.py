@@ -17,7 +17,7 @@ from irkd_dist.data import shards
 from irkd_dist.data.loader import Loader
 from irkd_dist.distill import measure, models
 from irkd_dist.errors import UserError
-from irkd_dist.training import checkpoint, distributed, setup
+from irkd_dist.training import checkpoint, engines, setup
 from irkd_dist.training.setup import Job
 from irkd_dist.training.tracking import summary_table
 
@@ -45,12 +45,13 @@ def evaluate(
     folder = runs.checkpoint_of(path, which)
     state = checkpoint.load_state(folder)
     config = configuration.from_dict(state["config"], f"{folder / checkpoint.STATE}")
+    config = replace(config, engine="ddp")  # whatever trained it: nothing is stepped here
     if data is not None:
         config = replace(config, data=replace(config.data, shards=data))
     manifest = shards.load_manifest(Path(config.data.shards))
     if split not in manifest.splits:
         raise UserError(f"{config.data.shards} has no split {split!r}; it has {', '.join(manifest.splits)}")
-    engine = distributed.setup(config.precision)
+    engine = engines.setup(config)
     try:
         job = setup.build(config, engine)
         setup.load_into(job, folder, moments=False)
@@ -72,7 +73,7 @@ def evaluate(
             _write(runs.run_of(path) if (runs.run_of(path) / runs.CONFIG).exists() else folder, result)
         return result
     finally:
-        distributed.finish(engine)
+        engine.finish()
 
 
 def show(result: dict[str, Any]) -> None:

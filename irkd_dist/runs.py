@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from irkd_dist.errors import UserError
 from irkd_dist.training import checkpoint
 
 CONFIG, CHECKPOINTS, BEST = "config.yaml", "checkpoints", "best"
+STATUS, SAMPLES = "status.json", "samples"
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,20 @@ def folder_of(config: Config) -> Path:
     """The run folder of a configuration."""
     assert config.name is not None
     return Path(config.out) / config.name
+
+
+def write_status(run: Path, state: str, step: int, world: int, reason: str = "") -> None:
+    """Say in `status.json` how a run stands: running, stopped (wants to go on), finished, or failed (does not).
+
+    A run that is `running` and has no process was killed. Whoever starts runs again decides by this, not by exit codes.
+    """
+    text = json.dumps(
+        {"state": state, "step": step, "time": round(time.time(), 1), "reason": reason, "world": world}
+    )
+    with contextlib.suppress(OSError):  # a full disk must not end the run
+        temporary = run / f".{STATUS}"
+        temporary.write_text(text + "\n")
+        temporary.replace(run / STATUS)
 
 
 def load_config(run: Path) -> Config:

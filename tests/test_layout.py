@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "irkd_dist"
 LEAVES = ["data/sampler.py", "distill/saliency.py", "training/curriculum.py", "training/optim.py"]
 ONLY_DOOR = {
-    "accelerate": "training/distributed.py",
-    "deepspeed": "training/distributed.py",
+    "accelerate": "training/engines.py",
+    "deepspeed": "training/engines.py",
     "wandb": "training/tracking.py",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -306,20 +307,28 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
     """Load a full state dict; a mismatch is a UserError that names the first differing entries."""
-    own = model.state_dict()
-    wrong = [k for k in own if k not in weights or weights[k].shape != own[k].shape]
+    check_weights({k: v.shape for k, v in model.state_dict().items()}, weights, where)
+    with torch.no_grad():
+        model.load_state_dict(weights)
+
+
+def check_weights(own: Mapping[str, torch.Size], weights: Mapping[str, Tensor], where: str) -> None:
+    """Compare the shapes of a model's state dict with a file's.
+
+    Raises:
+        UserError: they differ; it names the first differing entries.
+    """
+    wrong = [k for k in own if k not in weights or weights[k].shape != own[k]]
     wrong += [k for k in weights if k not in own]
     if wrong:
         shown = ", ".join(
-            f"{k} (model {tuple(own[k].shape) if k in own else 'none'}, "
+            f"{k} (model {tuple(own[k]) if k in own else 'none'}, "
             f"file {tuple(weights[k].shape) if k in weights else 'none'})"
             for k in wrong[:3]
         )
-        raise UserError(f"{where} does not fit {type(model).__name__}: {len(wrong)} entries differ: {shown}")
-    with torch.no_grad():
-        model.load_state_dict(weights)
+        raise UserError(f"{where} does not fit the model: {len(wrong)} entries differ: {shown}")
 
 
 def forward_with_maps(

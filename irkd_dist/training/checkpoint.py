@@ -1,7 +1,8 @@
 """Checkpoints that belong to no engine: weights and moments by name in safetensors, the rest in JSON.
 
 A checkpoint is written to a temporary folder, synced, and renamed; state.json holds the checksums of the other two
-files. So a folder that has the final name and whose checksums agree is whole, and nothing else is.
+files. So a folder that has the final name and whose checksums agree is whole, and nothing else is. `Writer` does this
+in a thread while training goes on.
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import queue
 import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from irkd_dist.errors import UserError
+from irkd_dist.training import faults
 
 FORMAT_VERSION = 1
 STUDENT, OPTIMIZER, STATE = "student.safetensors", "optimizer.safetensors", "state.json"
@@ -38,21 +45,111 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file({k: v.contiguous() for k, v in student.items()}, temporary / STUDENT)
+        faults.inject("write", state.get("step", -1))
         save_file(optimizer, temporary / OPTIMIZER)
         digests = {name: _sync_and_digest(temporary / name) for name in (STUDENT, OPTIMIZER)}
         text = json.dumps({"version": FORMAT_VERSION, "sha256": digests, **state}, indent=1)
         (temporary / STATE).write_text(text)
         _sync_and_digest(temporary / STATE)
+        _sync_folder(temporary)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
         _sync_folder(folder.parent)
     except (OSError, SafetensorError) as error:
+        faults.heal()
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(folder.parent if folder.parent.exists() else Path()).free / 2**20
         raise UserError(
             f"cannot write checkpoint {folder}: {error} ({free:.0f} MiB free); earlier checkpoints are untouched"
         ) from error
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds: see `save`."""
+
+    student: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+@dataclass
+class Written:
+    """How a write went: seconds it took beside the training, and why it failed, if it did."""
+
+    name: str
+    step: int
+    seconds: float
+    error: str | None = None
+
+
+@dataclass
+class _Order:
+    name: str
+    step: int
+    folders: list[tuple[Path, Content]]
+    afterwards: Callable[[], None]
+
+
+@dataclass
+class Writer:
+    """Writes checkpoints in a thread, one after the other, in order.
+
+    An order is several folders of one moment, such as a stage's best and the run's newest, which refers to it. What
+    fails stays owed and is tried again with the next order, and no later checkpoint is written before it: the newest
+    complete one never refers to one that is missing. At most one order waits: a second one blocks until there is room.
+    """
+
+    _orders: queue.Queue[_Order | None] = field(default_factory=lambda: queue.Queue(maxsize=1))
+    _done: queue.SimpleQueue[Written] = field(default_factory=queue.SimpleQueue)
+    _owed: list[tuple[Path, Content]] = field(default_factory=list)
+    _thread: threading.Thread | None = None
+
+    def submit(
+        self, name: str, step: int, folders: list[tuple[Path, Content]], afterwards: Callable[[], None]
+    ) -> None:
+        """Write all of `folders`, the newest last; then call `afterwards`, in the thread, if all are whole."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="irkd-checkpoint", daemon=True)
+            self._thread.start()
+        self._orders.put(_Order(name, step, folders, afterwards))
+
+    def results(self) -> list[Written]:
+        """What was written, or failed, since the last call."""
+        found = []
+        while not self._done.empty():
+            found.append(self._done.get())
+        return found
+
+    def wait(self) -> None:
+        """Return when all orders are done."""
+        self._orders.join()
+
+    def close(self) -> None:
+        """Finish all orders and end the thread."""
+        if self._thread is not None:
+            self._orders.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while (order := self._orders.get()) is not None:
+            started, error = time.perf_counter(), None
+            # of what is owed only the best of a stage still counts: a newer checkpoint replaces an older one
+            earlier = [o for o in self._owed if o[0].parent != order.folders[-1][0].parent]
+            self._owed = [*earlier, *order.folders]
+            try:
+                while self._owed:
+                    folder, content = self._owed[0]
+                    save(folder, content.student, content.optimizer, content.state)
+                    del self._owed[0]
+                order.afterwards()
+            except (UserError, OSError) as failure:
+                error = str(failure)
+            self._done.put(Written(order.name, order.step, time.perf_counter() - started, error))
+            self._orders.task_done()
+        self._orders.task_done()
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -96,10 +193,11 @@ def name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint in a folder of them, and why each newer one was skipped."""
+def newest(folder: Path, up_to: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint in a folder of them (`up_to` a step), and why each newer one was skipped."""
     skipped = []
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
+    candidates = sorted(folder.glob("step-*"), reverse=True)
+    for candidate in candidates if up_to is None else [c for c in candidates if c.name <= name(up_to)]:
         try:
             load(candidate)
             return candidate, skipped

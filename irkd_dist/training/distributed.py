@@ -1,141 +1,223 @@
-"""Processes and devices: the only door to accelerate.
-
-Everything else calls these few functions and knows neither the engine nor how many processes there are.
-"""
+"""What processes tell each other: sums, decisions, agreement, requests to stop, and whether they are alive."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import TCPStore  # torch.distributed exports it without a type
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from irkd_dist.errors import UserError
 
 
-@dataclass
-class Engine:
-    """A process's place in the run."""
-
-    accelerator: Accelerator
-    autocast: torch.dtype | None  # of forward and backward; parameters stay fp32
+class Place(Protocol):
+    """A process's place in the run, as an engine knows it."""
 
     @property
-    def rank(self) -> int:
-        return self.accelerator.process_index
-
+    def rank(self) -> int: ...
     @property
-    def world(self) -> int:
-        return self.accelerator.num_processes
-
+    def world(self) -> int: ...
     @property
-    def main(self) -> bool:
-        return self.rank == 0
-
+    def main(self) -> bool: ...
     @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
+    def device(self) -> torch.device: ...
 
 
-def setup(precision: Literal["auto", "bf16", "fp32"] = "auto") -> Engine:
-    """Join the other processes, if a launcher started any.
+def total(place: Place, values: Tensor) -> Tensor:
+    """Sum of each process's tensor."""
+    if place.world == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values
+
+
+def any_of(place: Place, *flags: bool | Tensor) -> list[bool]:
+    """For each flag, whether any process has it set: one small all-reduce."""
+    row = torch.stack([torch.as_tensor(f, device=place.device).to(torch.int32) for f in flags])
+    if place.world > 1:
+        dist.all_reduce(row, op=dist.ReduceOp.MAX)
+    return [bool(v) for v in row.tolist()]
+
+
+def broadcast(place: Place, value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if place.world == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def gather(place: Place, value: Any) -> list[Any]:
+    """Every rank's value in the order of ranks, on every rank."""
+    if place.world == 1:
+        return [value]
+    values: list[Any] = [None] * place.world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier(place: Place) -> None:
+    """Wait for every process."""
+    if place.world > 1:
+        dist.barrier()
+
+
+def name(place: Place) -> str:
+    """`rank 3 (host, process 4711)`, for messages."""
+    return f"rank {place.rank} ({socket.gethostname()}, process {os.getpid()})"
+
+
+def agree(place: Place, facts: dict[str, Any]) -> None:
+    """Stop the run unless every rank states the same facts as rank 0.
 
     Raises:
-        UserError: the launcher's mixed precision disagrees with ours, bf16 is asked for and the device has none,
-            or the launcher announced processes that did not join.
+        UserError: on every rank alike; it names each rank that differs, and in what.
     """
-    cuda = torch.cuda.is_available()
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launcher not in ("no", precision) and not (launcher == "bf16" and precision == "auto"):
+    stated = gather(place, (name(place), facts))
+    wrong = []
+    for who, theirs in stated[1:]:
+        for key, value in stated[0][1].items():
+            if theirs.get(key) != value:
+                wrong.append(f"{who} has {key}={theirs.get(key)!r}, rank 0 has {value!r}")
+    if wrong:
         raise UserError(
-            f"accelerate's mixed_precision={launcher} disagrees with precision={precision} of our configuration; "
-            f"set one of them: mixed_precision=no lets ours decide"
+            f"the processes no longer agree: {'; '.join(wrong[:4])}. Nothing of this stage was saved; the same command "
+            "goes on from the last checkpoint. Look for differing files, libraries or memory faults on that host"
         )
-    announced = int(os.environ.get("WORLD_SIZE", "1"))
-    # without the backend's name accelerate may leave each CPU process believing that it is alone
-    handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if announced > 1 and not cuda else []
-    accelerator = Accelerator(mixed_precision="no", cpu=not cuda, kwargs_handlers=handlers)
-    if announced != accelerator.num_processes:
-        raise UserError(f"WORLD_SIZE={announced}, but only {accelerator.num_processes} process joined")
-    return Engine(accelerator, autocast_dtype(precision, accelerator.device))
 
 
-def autocast_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype | None:
-    """bf16 where it is asked for, or where `auto` finds that the device computes in it; None is fp32."""
-    if precision == "fp32":
-        return None
-    has_bf16 = (
-        torch.cuda.is_bf16_supported(including_emulation=False)
-        if device.type == "cuda"
-        else bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
-    )
-    if precision == "bf16" and device.type == "cuda" and not has_bf16:
-        raise UserError("precision=bf16, but this GPU does not compute in bf16; use precision=fp32")
-    return torch.bfloat16 if has_bf16 or precision == "bf16" else None
+# ---- requests: a signal asks, the loop answers at the next step boundary
 
 
-def prepare(
-    engine: Engine, module: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Wrap a module for this engine; the optimizer comes back as the engine steps it."""
-    return engine.accelerator.prepare(module, optimizer)
+class StopRequests:
+    """Remembers SIGTERM, SIGUSR1 and Ctrl-C until the loop asks; a second Ctrl-C interrupts at once.
+
+    One rank's request stops all ranks at the same step: the loop combines the flags.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._earlier: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequests:
+        if threading.current_thread() is threading.main_thread():
+            self._earlier = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":
+            raise KeyboardInterrupt
+        self.received = self.received or signal.Signals(number).name
 
 
-def inner_grad_context() -> Callable[[], AbstractContextManager[object]]:
-    """What this engine needs around the saliency gradient: nothing under DDP."""
-    return nullcontext
+# ---- who is alive
 
 
-def unwrap(engine: Engine, module: nn.Module) -> Any:
-    """The module inside the engine's wrapper."""
-    return engine.accelerator.unwrap_model(module)
+class Watch:
+    """A thread in each process that ends the process when another one is silent, or its launcher is gone.
 
+    Each process writes its beat to the launcher's store and reads its right neighbour's: three small requests a beat,
+    for any number of processes. A stopped or vanished process has no beat, one that waits in a collective has; so the
+    message names the right one, `timeout_s` after its last sign of life.
 
-def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The torch optimizer inside the engine's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
+    Args:
+        place: this process.
+        timeout_s: seconds of silence after which the run ends.
+    """
 
+    def __init__(self, place: Place, timeout_s: float) -> None:
+        self.step = 0  # shown in messages; the loop sets it
+        self._place, self._timeout = place, timeout_s
+        self._interval = min(max(timeout_s / 20, 0.05), 2.0)
+        self._ended = threading.Event()
+        self._parent = os.getppid()
+        self._launched = "TORCHELASTIC_RUN_ID" in os.environ or "MASTER_ADDR" in os.environ
+        self._thread = threading.Thread(target=self._run, name="irkd-watch", daemon=True)
 
-def backward(engine: Engine, loss: Tensor) -> None:
-    """Differentiate the loss; gradients are averaged over the processes."""
-    engine.accelerator.backward(loss)
+    def __enter__(self) -> Watch:
+        if self._launched or self._place.world > 1:
+            self._thread.start()
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=self._timeout)
 
-def clip(engine: Engine, module: nn.Module, norm: float | None) -> None:
-    """Clip the global gradient norm, if a norm is given."""
-    if norm is not None:
-        engine.accelerator.clip_grad_norm_(module.parameters(), norm)
+    def _run(self) -> None:
+        store = self._store() if self._place.world > 1 else None
+        beat, heard, last, said, dead = 0, time.monotonic(), "", "", ""
+        while not self._ended.wait(self._interval):
+            if self._launched and os.getppid() != self._parent:
+                self._end("its launcher is gone")
+            if store is None:
+                continue
+            beat += 1
+            try:
+                store.set(self._key(self._place.rank), f"{beat}/{self.step}/{name(self._place)}")
+                said = self._read(store, self._key((self._place.rank + 1) % self._place.world))
+                dead = self._read(store, "irkd/dead")
+            except (RuntimeError, dist.DistError) as error:
+                if self._ended.is_set():
+                    return
+                reason = str(error).splitlines()[0]
+                self._end(
+                    f"the launcher's store on {os.environ.get('MASTER_ADDR')} does not answer: {reason}"
+                )
+            now = time.monotonic()
+            if said != last:
+                heard, last = now, said
+            if dead:
+                self._end(dead)
+            if last and last != "left" and now - heard > self._timeout:
+                _, step, who = last.split("/", 2)
+                message = f"{who} has been silent for {now - heard:.0f} s (it was at step {step})"
+                store.set("irkd/dead", message)
+                self._end(message)
+        if store is not None:
+            with suppress(RuntimeError, dist.DistError):
+                store.set(self._key(self._place.rank), "left")
 
+    def _store(self) -> Store:
+        # a connection of its own: the training's one may be waiting in a collective
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=max(self._timeout, 5.0)),
+        )
+        return PrefixStore(f"irkd-watch-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
-def total(engine: Engine, values: Tensor) -> Tensor:
-    """Sum of each process's tensor."""
-    return engine.accelerator.reduce(values, reduction="sum") if engine.world > 1 else values  # type: ignore[return-value]
+    def _key(self, rank: int) -> str:
+        return f"irkd/beat/{rank}"
 
+    @staticmethod
+    def _read(store: Store, key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
 
-def broadcast(engine: Engine, value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    return broadcast_object_list([value])[0] if engine.world > 1 else value
-
-
-def barrier(engine: Engine) -> None:
-    """Wait for every process."""
-    engine.accelerator.wait_for_everyone()
-
-
-def finish(engine: Engine) -> None:
-    """Leave the process group."""
-    engine.accelerator.end_training()
-
-
-def inject_fault(step: int) -> None:
-    """Kill this process before `step` where the environment asks for it, as `IRKD_FAULT=sigkill@37`: for tests."""
-    kind, _, at = os.environ.get("IRKD_FAULT", "").partition("@")
-    if kind == "sigkill" and step == int(at):
-        os.kill(os.getpid(), signal.SIGKILL)
+    def _end(self, why: str) -> None:
+        print(
+            f"irkd: {name(self._place)}: {why}; ending here, the same command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, the learning rate as a function of the step, and what a stage change does to both."""
+"""AdamW's parameter groups, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -57,28 +57,3 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def reset(optimizer: torch.optim.Optimizer) -> None:
-    """Forget all moments and step counts in place: the next step is a new AdamW's first."""
-    optimizer.state.clear()
-
-
-def moments_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, `step.<parameter>`, on the CPU."""
-    result = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            result[f"{key}.{name}"] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-    return result
-
-
-def load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    """Put back what `moments_by_name` gave; a parameter without entries starts anew."""
-    reset(optimizer)
-    for name, parameter in model.named_parameters():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if (value := moments.get(f"{key}.{name}")) is not None:
-                # AdamW keeps its step counter on the CPU unless it is fused
-                on = parameter.device if key != "step" or optimizer.defaults.get("fused") else "cpu"
-                optimizer.state[parameter][key] = value.to(on, copy=True)

@@ -20,10 +20,12 @@ def save(job: Job, loader: Loader, stage: int, epoch: int, resolution: int) -> N
     """Write `panels/stage-SS-epoch-EEE.npz` for the first images of a loader.
 
     It holds images (P, r, r, 3) uint8, labels (P,), keys (P,), and maps averaged over the taps, each min-max
-    normalised: student (P, h, w), and teacher (P, h', w') where there is one. Written by one process.
+    normalised: student (P, h, w), and teacher (P, h', w') where there is one. Every process must call it, for sharded
+    parameters; rank 0 writes. Left out where the engine cannot differentiate the student (zero3).
     """
     count = job.config.track.panels
-    if not count or not job.student_taps:
+    method = job.config.loss.saliency.method
+    if not count or not job.student_taps or (job.engine.no_inner_gradient and method != "attention"):
         return
     batch = next(iter(loader.batches(0)))
     images, labels = batch.images[:count], batch.labels[:count]
@@ -45,6 +47,8 @@ def save(job: Job, loader: Loader, stage: int, epoch: int, resolution: int) -> N
                 view = next(iter(whole.batches(0))).images[:count]
         maps = job.teacher(view, labels, aligned=len(view), logits=False).maps
         arrays["teacher"] = average(maps or [])
+    if not job.engine.main:
+        return
     folder = job.folder / FOLDER
     folder.mkdir(exist_ok=True)
     file = folder / f"stage-{stage:02d}-epoch-{epoch:03d}.npz"

@@ -18,11 +18,11 @@ from irkd_dist.data import loader as loading
 from irkd_dist.data import shards
 from irkd_dist.distill import measure, models
 from irkd_dist.distill.measure import TappedModel
-from irkd_dist.distill.module import Distiller, Objective
+from irkd_dist.distill.module import Distiller, Objective, Targets
 from irkd_dist.distill.teacher import Teacher, freeze
 from irkd_dist.errors import UserError
-from irkd_dist.training import checkpoint, curriculum, distributed, optim
-from irkd_dist.training.distributed import Engine
+from irkd_dist.training import checkpoint, curriculum, distributed, engines, optim
+from irkd_dist.training.engines import Engine
 
 
 @dataclass
@@ -37,13 +37,16 @@ class Position:
     finished: bool = False
     stage_bests: list[str] = field(default_factory=list)  # best checkpoint of each ended stage
     sums: list[float] = field(default_factory=list)  # loss terms of the epoch so far; saved: of all processes
+    seconds: float = 0.0  # spent on the present epoch
+    skipped: list[int] = field(default_factory=list)  # steps without a finite loss since the last checkpoint
+    left_out: list[int] = field(default_factory=list)  # steps whose batches are left out after a roll-back
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> Position:
-        values: dict[str, Any] = {key: state[key] for key in Position.__dataclass_fields__}
+        values: dict[str, Any] = {key: state[key] for key in Position.__dataclass_fields__ if key in state}
         values["curriculum"] = curriculum.State(**values["curriculum"])
         return Position(**values)
 
@@ -57,9 +60,11 @@ class Job:
     folder: Path
     manifest: shards.Manifest
     stages: list[Stage]
+    plan: curriculum.Plan
     student: nn.Module  # the network itself
+    shapes: dict[str, torch.Size]  # of its weights, before an engine shards them
     module: nn.Module  # Distiller in the engine's wrapper
-    optimizer: torch.optim.Optimizer  # in the engine's wrapper
+    optimizer: torch.optim.Optimizer  # its groups hold the learning rate; the engine steps it
     teacher: Teacher | None
     teacher_folders: list[Path | None]  # teacher checkpoint of each stage
     student_taps: list[str]  # module paths; empty if the student has none that the method reads
@@ -110,14 +115,16 @@ def build(config: Config, engine: Engine) -> Job:
         tuple(taps),
     )
     _check_forward(config, manifest, stages, student, taps, teacher)
-    distiller = Distiller(student, objective, engine.autocast, distributed.inner_grad_context())
+    distiller = Distiller(student, objective, engine.autocast)
     groups = optim.parameter_groups(student, config.optim.weight_decay)
     # fused: one pass over each tensor, the same arithmetic on every device
     optimizer = torch.optim.AdamW(
         groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
     )
-    distiller.to(engine.device)
-    module, optimizer = distributed.prepare(engine, distiller, optimizer)
+    if teacher is not None and _teacher_sharded(config, engine):
+        engines.shard(teacher.model, engine.device)
+    shapes = {k: v.shape for k, v in student.state_dict().items()}
+    module = engine.prepare(distiller, optimizer, config.optim.clip, config.optim.accumulate)
     identity = {
         "model": arguments,
         "classes": manifest.classes,
@@ -128,10 +135,37 @@ def build(config: Config, engine: Engine) -> Job:
         "teacher_digest": _digests(teacher_folders) if config.teacher and config.teacher.run else None,
         "package_version": __version__,
     }
-    return Job(
-        config, engine, runs.folder_of(config), manifest, stages, student, module, optimizer, teacher,
+    plan = _plan(config, stages, teacher_folders)
+    job = Job(
+        config, engine, runs.folder_of(config), manifest, stages, plan, student, shapes, module, optimizer, teacher,
         teacher_folders, taps, identity, notes,
     )  # fmt: skip
+    if engine.settles and engine.world > 1:
+        _settle(job)
+    return job
+
+
+def _settle(job: Job) -> None:
+    """Throw one forward and backward away: the first fixes the order in which gradients are summed.
+
+    Without it a resumed run would sum its first step in another order than an unbroken one.
+    """
+    loss, side = job.config.loss, job.stages[0].resolution
+    image = torch.zeros(1, 3, side, side, device=job.engine.device)
+    label = torch.zeros(1, dtype=torch.long, device=job.engine.device)
+    targets = Targets()
+    if job.teacher is not None:
+        # at the student's resolution: what it says does not matter, which terms there are does
+        targets = job.teacher(image, label, 1 if loss.saliency.gamma else 0, logits=loss.kd.alpha > 0)
+    buffers = {k: v.clone() for k, v in job.student.named_buffers()}
+    job.module.train()
+    terms = job.module(
+        image, label, torch.ones(1, device=image.device), targets, loss.kd.alpha, loss.saliency.gamma
+    )
+    job.engine.backward(terms["total"])
+    job.engine.discard()
+    for key, buffer in job.student.named_buffers():
+        buffer.copy_(buffers[key])
 
 
 def loaders(job: Job, stage: Stage) -> tuple[loading.Loader, loading.Loader]:
@@ -140,7 +174,8 @@ def loaders(job: Job, stage: Stage) -> tuple[loading.Loader, loading.Loader]:
     full = max(job.manifest.resolutions) if teacher is not None and teacher.view == "full" else None
     augment = loading.Augment(mode=job.manifest.mode, **asdict(job.config.augment))
     train = loading.Loader(
-        Path(data.shards), job.manifest, "train", stage.resolution, batch=data.batch, seed=job.config.seed,
+        Path(data.shards), job.manifest, "train", stage.resolution,
+        batch=configuration.stage_batch(job.config, stage.resolution), seed=job.config.seed,
         rank=job.engine.rank, world=job.engine.world, augment=augment, full_resolution=full, cache=data.cache,
         device=job.engine.device, workers=data.workers, verify="size", subset=data.subset,
     )  # fmt: skip
@@ -180,13 +215,24 @@ def tapped_student(job: Job) -> TappedModel:
     return TappedModel(job.student, job.student_taps, job.config.loss.saliency.method, job.engine.autocast)
 
 
-def plan(config: Config, stages: list[Stage]) -> curriculum.Plan:
-    """The curriculum's plan."""
-    epochs = tuple(s.epochs or 0 for s in stages)
-    if config.fixed is not None:
-        return curriculum.Plan(epochs, config.fixed.patience)
-    assert config.curriculum is not None
-    return curriculum.Plan(epochs, config.curriculum.patience, config.curriculum.start_from)
+def _plan(config: Config, stages: list[Stage], teachers: list[Path | None]) -> curriculum.Plan:
+    start_from = config.curriculum.start_from if config.curriculum is not None else "last"
+    planned = []
+    for s, teacher in zip(stages, teachers, strict=True):
+        batch, lr = (
+            configuration.stage_batch(config, s.resolution),
+            configuration.stage_lr(config, s.resolution),
+        )
+        ends = (s.epochs or 1, s.min_epochs or 1, s.patience, s.target, s.minutes, s.tokens)
+        planned.append(
+            curriculum.StagePlan(s.resolution, batch, lr, *ends, str(teacher) if teacher else None)
+        )
+    return curriculum.Plan(tuple(planned), config.optim.policy, start_from)
+
+
+def tokens_per_image(job: Job, resolution: int) -> int:
+    """Patch tokens of an image at a resolution; pixels for a student without patches."""
+    return (resolution // (models.patch_size(job.student) or 1)) ** 2
 
 
 def resume(job: Job) -> tuple[Position, list[str]]:
@@ -199,7 +245,7 @@ def resume(job: Job) -> tuple[Position, list[str]]:
     if folder is None:
         return Position(), skipped
     state = checkpoint.load_state(folder)
-    changed = configuration.semantic_difference(state["config"], job.identity["config"])
+    changed = configuration.semantic_difference(_known_keys(state["config"]), job.identity["config"])
     for key, name in (("data_digest", "data"), ("teacher_digest", "teacher")):
         if state[key] != job.identity[key]:
             changed.append(f"{name}: its content is not what the run was started with")
@@ -218,26 +264,35 @@ def resume(job: Job) -> tuple[Position, list[str]]:
 def load_into(job: Job, folder: Path, moments: bool = True) -> dict[str, Any]:
     """Load a checkpoint into the live student and, with `moments`, the live optimizer; returns its state."""
     student, optimizer, state = checkpoint.load(folder)
-    models.load_weights(job.student, student, str(folder))
+    models.check_weights(job.shapes, student, str(folder))
+    job.engine.load_weights(student)
     if moments:
-        optim.load_moments(job.student, distributed.inner_optimizer(job.optimizer), optimizer)
+        job.engine.load_moments(optimizer)
     return state
 
 
-def save(job: Job, folder: Path, position: Position) -> None:
-    """Write a checkpoint from rank 0; all ranks return when it is whole."""
-    if job.engine.main:
-        moments = optim.moments_by_name(job.student, distributed.inner_optimizer(job.optimizer))
-        weights = {k: v.detach().to("cpu", copy=True) for k, v in job.student.state_dict().items()}
-        checkpoint.save(folder, weights, moments, {**position.state_dict(), **job.identity})
-    distributed.barrier(job.engine)
+def snapshot(job: Job, position: Position) -> checkpoint.Content:
+    """All of a checkpoint, on the CPU of rank 0; every rank must call it."""
+    weights, moments = job.engine.weights(), job.engine.moments()
+    return checkpoint.Content(weights, moments, {**position.state_dict(), **job.identity})
 
 
 def load_stage_teacher(job: Job, stage: int) -> None:
     """Give the teacher the weights of this stage's checkpoint, where the schedule changes them."""
     folder = job.teacher_folders[stage]
     if job.teacher is not None and folder is not None and len(set(job.teacher_folders)) > 1:
-        job.teacher.load(checkpoint.load_student(folder), f"teacher of stage {stage}: {folder}")
+        weights, where = checkpoint.load_student(folder), f"teacher of stage {stage}: {folder}"
+        if _teacher_sharded(job.config, job.engine):
+            models.check_weights(
+                {k: v.shape for k, v in job.teacher.model.state_dict().items()}, weights, where
+            )
+            engines.load_sharded(job.teacher.model, weights)
+        else:
+            job.teacher.load(weights, where)
+
+
+def _teacher_sharded(config: Config, engine: Engine) -> bool:
+    return config.teacher is not None and config.teacher.shard and engine.world > 1
 
 
 def data_digest(manifest: shards.Manifest) -> str:
@@ -360,7 +415,10 @@ def _teacher(
         mean, std = (torch.tensor(v, device=engine.device).view(3, 1, 1) for v in (network.mean, network.std))
         renormalize = (ours_std / std, (ours_mean - mean) / std)
     inner_gradient = saliency.gamma > 0 and saliency.method != "attention"
-    model = freeze(network.model.to(engine.device), engine.autocast, inner_gradient)
+    if _teacher_sharded(config, engine):  # shards are of one type, and reach the device one by one
+        model = freeze(network.model, None, inner_gradient)
+    else:
+        model = freeze(network.model.to(engine.device), engine.autocast, inner_gradient)
     return Teacher(model, paths, saliency.method, engine.autocast, renormalize)
 
 
@@ -397,6 +455,14 @@ def _aligned(run: Path, count: int) -> list[Path]:
     last = max(found)
     nearest = [min(found, key=lambda step, i=i: abs(step - last * (i + 1) / count)) for i in range(count)]
     return [found[step] for step in nearest]
+
+
+def _known_keys(tree: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's configuration with the keys that this release added, at their defaults."""
+    try:
+        return configuration.to_dict(configuration.from_dict(tree, "checkpoint"))
+    except UserError:
+        return tree
 
 
 def _digests(folders: list[Path | None]) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +48,8 @@ class Tracker:
         if not main:
             return
         self._file = _open_events(run / EVENTS)
+        self._pending: collections.deque[str] = collections.deque()
+        self._full = False
         if backend == "wandb":
             self._backend = _wandb(run, mode, project, name, config)
         elif backend == "tensorboard":
@@ -54,8 +59,28 @@ class Tracker:
         """Append one line to events.jsonl, flushed."""
         if self.main:
             line = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            self._pending.append(json.dumps(line) + "\n")
+            self._write()
+
+    def sync(self) -> None:
+        """Return when all events are on the disk itself, as far as it takes them."""
+        if self.main:
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
+
+    def _write(self) -> None:
+        """Write the pending lines; a full disk keeps them for the next time, and training goes on."""
+        while self._pending:
+            data = self._pending[0].encode()
+            try:
+                self._file.write(data)  # unbuffered: a line is there, or it is pending
+            except OSError as error:
+                if not self._full:
+                    self.say(f"warning: {EVENTS} cannot be written: {error}; its lines wait")
+                self._full = True
+                return
+            self._full = False
+            self._pending.popleft()
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Send numbers to the backend."""
@@ -127,19 +152,50 @@ def read_events(run: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise UserError(f"{run} is no run folder: it has no {EVENTS}")
     events: list[dict[str, Any]] = []
-    for line in file.read_text().splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(event, dict) or "event" not in event:
-            continue
+    for event in _lines(file):
         if event["event"] == "start":
             events = []
-        if event["event"] == "resume":
+        if event["event"] in ("resume", "rollback"):
             events = [e for e in events if e["step"] <= event["step"]]
         events.append(event)
     return events
+
+
+def read_decisions(run: Path, config: str) -> dict[int, dict[str, Any]]:
+    """Decisions that were written down under the configuration of this digest, by step, whatever was resumed since."""
+    decisions = {}
+    for event in _lines(run / EVENTS) if (run / EVENTS).is_file() else ():
+        if event["event"] == "decision" and event["config"] == config:
+            decisions[event["step"]] = event
+    return decisions
+
+
+class SampleLog:
+    """Writes the samples of each step of each rank to `rank-00000.jsonl`, if it is asked to."""
+
+    def __init__(self, folder: Path, rank: int, world: int, step: int, asked: bool) -> None:
+        self._file: Any = None
+        self._start = {"start": step, "world": world, "time": round(time.time(), 3)}
+        if asked:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / f"rank-{rank:05d}.jsonl").open("a")
+            self._line(self._start)
+
+    def __enter__(self) -> SampleLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, step: int, ids: list[int]) -> None:
+        """Record the ids (index within the split) that this rank's share of a step's batch held."""
+        if self._file is not None:
+            self._line({"step": step, "ids": ids})
+
+    def _line(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
 
 
 def summary_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
@@ -152,11 +208,22 @@ def summary_table(title: str, columns: list[str], rows: list[list[str]]) -> Tabl
     return table
 
 
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The events as they were written; a line cut short by a kill is left out."""
+    for line in file.read_text().splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event and "step" in event:
+            yield event
+
+
 def _open_events(file: Path) -> Any:
     cut = file.exists() and file.stat().st_size > 0 and not file.read_bytes().endswith(b"\n")
-    handle = file.open("a")
+    handle = file.open("ab", buffering=0)
     if cut:  # a kill in the middle of a line: the next event starts a new one
-        handle.write("\n")
+        handle.write(b"\n")
     return handle
 
 

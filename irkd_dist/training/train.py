@@ -3,26 +3,53 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import json
 import time
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from irkd_dist import config as configuration
 from irkd_dist import runs
-from irkd_dist.config import Config, Stage
-from irkd_dist.data.loader import Batch, Loader
-from irkd_dist.distill.module import Targets
-from irkd_dist.errors import UserError
-from irkd_dist.training import bookends, checkpoint, curriculum, distributed, optim, panels, setup
+from irkd_dist.config import Config
+from irkd_dist.data import sampler
+from irkd_dist.data.loader import Loader
+from irkd_dist.errors import Stopped, UserError
+from irkd_dist.training import (
+    bookends,
+    checkpoint,
+    curriculum,
+    distributed,
+    engines,
+    faults,
+    metrics,
+    optim,
+    panels,
+    saving,
+    setup,
+    step,
+)  # fmt: skip
 from irkd_dist.training.setup import Job, Position
-from irkd_dist.training.tracking import Tracker
+from irkd_dist.training.tracking import SampleLog, Tracker, read_decisions
 
-TERMS = ("total", "ce", "kd", "saliency", "correct", "flat", "samples", "steps", "aligned", "wait_s")
+
+@dataclass
+class Run:
+    """What the loop has in hand."""
+
+    job: Job
+    position: Position
+    tracker: Tracker
+    samples: SampleLog
+    requests: distributed.StopRequests
+    watch: distributed.Watch
+    decisions: dict[int, dict[str, Any]]  # by step: taken before a restart, to be taken again
+    writer: checkpoint.Writer = field(default_factory=checkpoint.Writer)
+    saved: float = field(default_factory=time.perf_counter)  # moment of the last checkpoint
+    asked: bool = False  # to stop, some rank
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -32,184 +59,279 @@ def train(config: Config) -> dict[str, Any]:
         The summary: `run`, `steps`, `seconds`, `val_accuracy` (best of the last stage), `test_accuracy`.
 
     Raises:
-        UserError: configuration, shards, teacher or run folder do not fit together; nothing was written then.
+        UserError: configuration, shards, teacher or run folder do not fit together (nothing was written then), or the
+            run cannot go on.
+        Stopped: a signal asked for it; a checkpoint is written, and the same call goes on from there.
     """
-    engine = distributed.setup(config.precision)
+    engine = engines.setup(config)
+    folder, reached = runs.folder_of(config), 0
     try:
         job = setup.build(config, engine)
         position, skipped = setup.resume(job)
-        tracker = _open_run(job)
-        try:
-            return _train(job, position, skipped, tracker)
-        finally:
-            tracker.close()
+        reached = position.step
+        with _opened(job, position, skipped) as run:
+            summary = _train(run)
+            if engine.main:
+                runs.write_status(folder, "finished", run.position.step, engine.world)
+        return summary
+    except Stopped:
+        raise
+    except UserError as error:
+        if engine.main and folder.is_dir():
+            runs.write_status(folder, "failed", reached, engine.world, str(error))
+        raise
     finally:
-        distributed.finish(engine)
+        engine.finish()
 
 
-def _train(job: Job, position: Position, skipped: list[str], tracker: Tracker) -> dict[str, Any]:
-    plan = setup.plan(job.config, job.stages)
-    bookends.announce(job, position, skipped, tracker)
-    skill = bookends.probe_teacher(job, tracker, position)
+def _train(run: Run) -> dict[str, Any]:
+    job = run.job
+    skill = bookends.probe_teacher(job, run.tracker, run.position)
 
-    while not position.finished:  # one turn is one stage
-        stage = job.stages[position.curriculum.stage]
+    while not run.position.finished:  # one turn is one stage
+        present = run.position.curriculum.stage
+        stage = job.stages[present]
         loader, validation = setup.loaders(job, stage)
-        alpha, gamma = _stage_weights(job, skill, position.curriculum.stage)
-        _enter(job, position, stage, loader, alpha, gamma, tracker)
-        steps = plan.epochs[position.curriculum.stage] * loader.steps_per_epoch
-        with (
-            loader,
-            validation,
-            tracker.stage_bar(f"{stage.resolution} px", steps, position.stage_step) as bar,
-        ):
-            present = position.curriculum.stage
-            while position.curriculum.stage == present and not position.finished:
-                _train_epoch(job, position, loader, alpha, gamma, steps, tracker, bar)
-                _end_epoch(job, position, plan, stage, validation, tracker)
-    return bookends.summarize(job, position, tracker)
+        alpha, gamma = _stage_weights(job, skill, present)
+        steps = job.plan.stages[present].epochs * loader.steps_per_epoch
+        _enter(run, loader, alpha, gamma, steps)
+        title = f"{stage.resolution} px"
+        with loader, validation, run.tracker.stage_bar(title, steps, run.position.stage_step) as bar:
+            while run.position.curriculum.stage == present and not run.position.finished:
+                if not _train_epoch(run, loader, alpha, gamma, steps, bar):
+                    continue  # rolled back
+                _end_epoch(run, loader, validation)
+                if run.asked and not run.position.finished:
+                    _stop(run)
+    newest = job.folder / runs.CHECKPOINTS / checkpoint.name(run.position.step)
+    saving.settle(job, run.writer, run.tracker, newest)
+    return bookends.summarize(job, run.position, run.tracker)
 
 
-def _train_epoch(
-    job: Job, position: Position, loader: Loader, alpha: float, gamma: float, stage_steps: int,
-    tracker: Tracker, bar: Any,
-) -> None:  # fmt: skip
-    """The rest of the epoch that `position` stands in, step by step."""
-    config, engine = job.config, job.engine
+def _train_epoch(run: Run, loader: Loader, alpha: float, gamma: float, stage_steps: int, bar: Any) -> bool:
+    """The rest of the epoch that the position stands in, step by step; False if the run went back to a checkpoint."""
+    job, position, engine = run.job, run.position, run.job.engine
+    config, run_steps = job.config, _run_steps(job, loader)
+    left_out = {*config.data.leave_out, *position.left_out}
     job.module.train()
-    sums = torch.tensor(position.sums or [0.0] * len(TERMS), device=engine.device)
-    logged, started, saved = sums.clone(), time.perf_counter(), time.perf_counter()
+    sums = torch.tensor(position.sums or [0.0] * len(metrics.TERMS), device=engine.device)
+    logged, started = sums.clone(), time.perf_counter()
+    epoch_started = time.perf_counter() - position.seconds
     loader.wait_s = 0.0
     for batch in loader.batches(position.epoch, position.epoch_step):
-        distributed.inject_fault(position.step)
-        torch.manual_seed(_step_seed(config.seed, position.step, engine.rank))
-        lr = _learning_rate(job, position, loader.steps_per_epoch, stage_steps)
+        faults.inject("step", position.step, engine.rank)
+        lr = step.learning_rate(job, position, stage_steps, run_steps)
         optim.set_lr(job.optimizer, lr)
 
-        terms = forward(job, batch, alpha, gamma, position.step)
-        distributed.backward(engine, terms["total"])
-        distributed.clip(engine, job.module, config.optim.clip)
-        job.optimizer.step()
-        job.optimizer.zero_grad()
+        if position.step not in left_out:
+            try:
+                rows, asked = step.take(
+                    job, batch, alpha, gamma, position.step, run.requests.received is not None
+                )
+            except step.NotFinite as error:
+                if _skip(run, error.ranks, lr, loader.steps_per_epoch):
+                    return False
+            else:
+                position.skipped = []
+                run.asked |= asked
+                sums += metrics.row(rows, batch, loader, sums)
+                run.samples.write(position.step, batch.ids[(batch.weight > 0).cpu().numpy()].tolist())
 
-        sums += _row(terms, batch, loader, sums)
         position.epoch_step += 1
         position.stage_step += 1
         position.step += 1
+        run.watch.step = position.step
+        position.seconds = time.perf_counter() - epoch_started
         if position.step % config.track.log_every == 0 or position.epoch_step == loader.steps_per_epoch:
-            means, images = _means(job, sums - logged)
+            means, images = metrics.means(job, sums - logged)
             seconds, logged = time.perf_counter() - started, sums.clone()
             started = time.perf_counter()
-            _check_finite(means, position.step, stage_lr=lr)
             rates = {"images_per_s": images / seconds, "data_wait": means.pop("wait_s") / seconds, "lr": lr}
-            timing = {"seconds": round(seconds, 4), **rates}
-            tracker.event("train", position.step, stage=position.curriculum.stage, **means, **timing)
-            tracker.metrics(position.step, {f"train/{k}": v for k, v in (means | rates).items()})
-            bar(
-                position.stage_step,
-                _bar_text(means, rates["images_per_s"], position.curriculum.best_accuracy),
-            )
-        if position.epoch_step < loader.steps_per_epoch and _checkpoint_due(job, position, saved):
-            position.sums = distributed.total(engine, sums.clone()).tolist()
-            _check_finite(_means_of(job, position.sums)[0], position.step, stage_lr=lr)
-            _checkpoint(job, position, tracker)
-            saved = time.perf_counter()
+            if images:
+                timing = {"seconds": round(seconds, 4), **rates}
+                run.tracker.event("train", position.step, stage=position.curriculum.stage, **means, **timing)
+                run.tracker.metrics(position.step, {f"train/{k}": v for k, v in (means | rates).items()})
+            text = metrics.bar_text(means, rates["images_per_s"], position.curriculum.best_accuracy)
+            bar(position.stage_step, text)
+            saving.note(run.writer, run.tracker)
+        if position.epoch_step < loader.steps_per_epoch and (
+            run.asked or saving.due(job, position, run.saved)
+        ):
+            position.sums = distributed.total(engine, sums).tolist()
+            _save(run)
+            if run.asked:
+                _stop(run)
     position.sums = sums.tolist()
+    return True
 
 
-def _end_epoch(
-    job: Job, position: Position, plan: curriculum.Plan, stage: Stage, validation: Loader, tracker: Tracker
-) -> None:
+def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     """Validate, let rank 0 decide, write it down, and move the position to the next epoch or stage."""
-    started = time.perf_counter()
+    job, position, tracker = run.job, run.position, run.tracker
+    started, before = time.perf_counter(), position.curriculum
     accuracy = setup.accuracy(job, job.student, validation)
-    means, images = _means(job, torch.tensor(position.sums, device=job.engine.device))
-    best_name = f"{runs.BEST}/stage-{position.curriculum.stage:02d}-step-{position.step:08d}"
-    decided = curriculum.observe(plan, position.curriculum, accuracy, best_name) if job.engine.main else None
-    state, decision = distributed.broadcast(job.engine, decided)
-    before = position.curriculum
+    means, images = metrics.means(job, torch.tensor(position.sums, device=job.engine.device))
+    seconds = time.perf_counter() - started
+    tokens = len(loader) * setup.tokens_per_image(job, loader.resolution)
+    best_name = f"{runs.BEST}/stage-{before.stage:02d}-step-{position.step:08d}"
+    state, decision = _decide(run, accuracy, best_name, position.seconds + seconds, tokens)
 
     tracker.event(
-        "evaluation", position.step, stage=before.stage, resolution=stage.resolution, epoch=position.epoch + 1,
+        "evaluation", position.step, stage=before.stage, resolution=loader.resolution, epoch=position.epoch + 1,
         stage_epoch=before.epoch + 1, split=setup.held_out(job.manifest), accuracy=accuracy, best=decision.best,
         train_accuracy=means.pop("accuracy"), train=means, data_wait_s=means.pop("wait_s"), images=images,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
     )  # fmt: skip
-    tracker.metrics(position.step, {"val/accuracy": accuracy, "val/resolution": stage.resolution})
+    tracker.metrics(position.step, {"val/accuracy": accuracy, "val/resolution": loader.resolution})
     tracker.say(
-        f"{stage.resolution:>4} px  epoch {before.epoch + 1:>3}/{plan.epochs[before.stage]}  "
+        f"{loader.resolution:>4} px  epoch {before.epoch + 1:>3}/{job.plan.stages[before.stage].epochs}  "
         + "  ".join(f"{k} {means[k]:.4f}" for k in ("total", "ce", "kd", "saliency") if k in means)
         + f"  val {accuracy:.2%}{' *' if decision.best else ''}"
     )
-    if job.engine.main and (before.epoch == 0 or decision.action != "continue"):
-        panels.save(job, validation, before.stage, before.epoch + 1, stage.resolution)
+    if before.epoch == 0 or decision.action != "continue":
+        panels.save(job, validation, before.stage, before.epoch + 1, loader.resolution)
 
     position.epoch += 1
-    position.epoch_step, position.sums = 0, []
-    if decision.best:
-        # the best is a checkpoint of the moment after its epoch, so that a stage can start from it
-        setup.save(job, job.folder / best_name, replace(position, curriculum=state))
+    position.epoch_step, position.sums, position.seconds = 0, [], 0.0
     position.curriculum = state
-    if decision.action == "advance":
-        ended_best = best_name if decision.best else before.best_checkpoint
-        position.stage_bests = [*position.stage_bests, *([ended_best] if ended_best else [])]
-        position.stage_step = 0
-        following = job.stages[state.stage]
-        tracker.event(
-            "transition", position.step, stage=before.stage, to=state.stage, resolution=following.resolution,
-            reason=decision.reason, reload=decision.reload, policy=job.config.optim.policy,
-        )  # fmt: skip
-        tracker.say(f"stage {before.stage} ends: {decision.reason}; next {following.resolution} px")
-        if decision.reload is not None:
-            # the transition's checkpoint holds what the stage starts from, so a resume need not load twice
-            setup.load_into(job, job.folder / decision.reload)
-    elif decision.action == "finish":
-        position.finished = True
-    _checkpoint(job, position, tracker)
-
-
-def _enter(
-    job: Job, position: Position, stage: Stage, loader: Loader, alpha: float, gamma: float, tracker: Tracker
-) -> None:
-    """Start a stage, or go on in it: its teacher, and at its first step the optimizer policy, applied in place."""
-    setup.load_stage_teacher(job, position.curriculum.stage)
-    if position.stage_step == 0 and job.config.optim.policy == "reset":
-        optim.reset(distributed.inner_optimizer(job.optimizer))
+    position.finished = decision.action == "finish"
+    if decision.action != "advance":
+        _save(run, best=(best_name, state) if decision.best else None)
+        return
+    ended_best = best_name if decision.best else before.best_checkpoint
+    position.stage_bests = [*position.stage_bests, *([ended_best] if ended_best else [])]
+    position.stage_step = 0
+    details = asdict(decision)
     tracker.event(
-        "stage", position.step, stage=position.curriculum.stage, resolution=stage.resolution, epochs=stage.epochs,
-        steps_per_epoch=loader.steps_per_epoch, alpha=alpha, gamma=gamma, policy=job.config.optim.policy,
+        "transition", position.step, **{**details, "stage": before.stage, "to": decision.stage}
     )  # fmt: skip
+    tracker.say(f"stage {before.stage} ends: {decision.reason}; next {decision.resolution} px")
+    faults.inject("transition", position.step, job.engine.rank)
+    if decision.reload is not None:
+        # the transition's checkpoint holds what the stage starts from, so a resume need not load twice
+        saving.settle(job, run.writer, tracker, job.folder / decision.reload)
+        setup.load_into(job, job.folder / decision.reload)
+    _save(run, best=(best_name, state) if decision.best else None)
 
 
-def _learning_rate(job: Job, position: Position, epoch_steps: int, stage_steps: int) -> float:
-    spec, policy = job.config.optim.schedule, job.config.optim.policy
-    over_stage = spec.span == "stage" or (spec.span == "auto" and policy == "reset")
-    if over_stage:
-        step, steps = position.stage_step, stage_steps
-    else:
-        step, steps = position.step, epoch_steps * sum(s.epochs or 0 for s in job.stages)
-    factor = optim.lr_factor(spec.kind, step, steps, spec.warmup, spec.start, spec.final)
-    if policy == "rewarm" and position.curriculum.stage > 0:
-        factor *= optim.rewarm_factor(position.stage_step, job.config.optim.rewarm_steps)
-    return job.config.optim.lr * factor
+def _decide(
+    run: Run, accuracy: float, best_name: str, seconds: float, tokens: float
+) -> tuple[curriculum.State, curriculum.Decision]:
+    """Rank 0's decision on every rank. One that was written down before a restart is taken again as it was."""
+    job, position = run.job, run.position
+    decided = None
+    if job.engine.main:
+        written = run.decisions.get(position.step)
+        if written is not None:
+            state, decision = curriculum.State(**written["state"]), curriculum.Decision(**written["decision"])
+        else:
+            state, decision = curriculum.observe(
+                job.plan, position.curriculum, accuracy, best_name, seconds, tokens
+            )
+        decided = state, decision
+        run.tracker.event(
+            "decision", position.step, config=_config_digest(job), state=asdict(state), decision=asdict(decision),
+            replayed=written is not None,
+        )  # fmt: skip
+        run.tracker.sync()  # it holds, whatever happens next
+    return distributed.broadcast(job.engine, decided)
 
 
-def forward(job: Job, batch: Batch, alpha: float, gamma: float, step: int) -> dict[str, Tensor]:
-    """Teacher and student on one rank's share of a batch; returns the loss terms of `Distiller.forward`.
+def _enter(run: Run, loader: Loader, alpha: float, gamma: float, stage_steps: int) -> None:
+    """Start a stage, or go on in it: its teacher, and at its first step the optimizer policy; then all ranks agree."""
+    job, position, engine = run.job, run.position, run.job.engine
+    started, stage = time.perf_counter(), job.plan.stages[position.curriculum.stage]
+    setup.load_stage_teacher(job, position.curriculum.stage)
+    if position.stage_step == 0 and job.plan.policy == "reset":
+        faults.inject("reset", position.step, engine.rank)
+        engine.reset_moments()
+    lr = step.learning_rate(job, position, stage_steps, _run_steps(job, loader))
+    if "differ" in faults.inject("decision", position.step, engine.rank):
+        lr *= 2
+    facts = {
+        "step": position.step, "stage": position.curriculum.stage, "resolution": loader.resolution,
+        "batch": loader.batch, "lr": lr, "policy": job.plan.policy, "moments": bool(engine.optimizer.state),
+        "teacher": stage.teacher, "data": job.identity["data_digest"], "config": _config_digest(job),
+        "weights": _weights_digest(job) if engine.replicated else None,
+    }  # fmt: skip
+    agreeing = time.perf_counter()
+    distributed.agree(engine, facts)
+    now = time.perf_counter()
+    run.tracker.event(
+        "stage", position.step, stage=position.curriculum.stage, resolution=stage.resolution, epochs=stage.epochs,
+        steps_per_epoch=loader.steps_per_epoch, batch=loader.batch, alpha=alpha, gamma=gamma, lr=lr,
+        policy=job.plan.policy, seconds=round(now - started, 4), agreement_s=round(now - agreeing, 4),
+    )  # fmt: skip
+    if engine.world > 1:
+        run.tracker.say(
+            f"stage {position.curriculum.stage}: {engine.world} processes agree after {now - started:.3f} s, of which "
+            f"{now - agreeing:.3f} s for the exchange"
+        )
 
-    Saliency is aligned on every `every`-th step, for the first `fraction` of the global batch's positions; a rank's
-    share ascends in position, so that these are its first samples.
-    """
-    spec = job.config.loss.saliency
-    chosen = math.ceil(spec.fraction * batch.size) if gamma and step % spec.every == 0 else 0
-    aligned = int((batch.positions < chosen).sum()) if chosen else 0
-    target = batch.labels if batch.targets is None else batch.targets
-    targets = Targets()
-    if job.teacher is not None:
-        images = batch.images if batch.full is None else batch.full
-        targets = job.teacher(images, target, aligned, logits=alpha > 0)
-    scale = batch.size / chosen if chosen else 1.0
-    return job.module(batch.images, target, batch.weight, targets, alpha, gamma if aligned else 0.0, scale)
+
+def _skip(run: Run, ranks: list[str], lr: float, epoch_steps: int) -> bool:
+    """Count a step that no rank took; over the limit go back to the last good checkpoint, once: then True."""
+    job, position = run.job, run.position
+    position.skipped = [*position.skipped, position.step]
+    limit = min(job.config.optim.max_skips, max(epoch_steps - 1, 1))  # never a whole epoch
+    run.tracker.event("skip", position.step, ranks=ranks, lr=lr, in_a_row=len(position.skipped))
+    run.tracker.say(f"step {position.step}: the loss of {', '.join(ranks)} is not finite; no rank takes it")
+    if len(position.skipped) <= limit:
+        return False
+    advice = f"lower optim.lr (it was {lr:.3g}), set optim.clip=1, or look at these batches"
+    if position.left_out:
+        raise UserError(
+            f"the loss is not finite on {len(position.skipped)} steps in a row (to step {position.step}), after the "
+            f"run had already gone back and left out {len(position.left_out)} batches: {advice}"
+        )
+    first, folder = position.skipped[0], None
+    if job.engine.main:
+        run.writer.wait()
+        folder, _ = checkpoint.newest(job.folder / runs.CHECKPOINTS, up_to=first)
+    folder = distributed.broadcast(job.engine, folder)
+    if folder is None:
+        raise UserError(
+            f"the loss is not finite on {len(position.skipped)} steps in a row (from step {first}), and no checkpoint "
+            f"from before them is left to go back to: {advice}"
+        )
+    state = setup.load_into(job, folder)
+    run.position = Position.from_state(state)
+    run.position.sums = run.position.sums if job.engine.main else []
+    run.position.skipped, run.position.left_out = [], position.skipped
+    run.tracker.event("rollback", run.position.step, checkpoint=folder.name, left_out=position.skipped)
+    run.tracker.say(
+        f"went back from step {position.step} to {folder.name}; the batches of steps {first} to {position.step} are "
+        "left out"
+    )
+    return True
+
+
+def _save(run: Run, best: tuple[str, curriculum.State] | None = None) -> None:
+    saving.save(run.job, run.position, run.writer, run.tracker, best)
+    run.saved = time.perf_counter()
+    if run.job.engine.main:
+        runs.write_status(run.job.folder, "running", run.position.step, run.job.engine.world)
+
+
+def _stop(run: Run) -> None:
+    """Wait until the checkpoint of this step is on disk, and end on every rank."""
+    job, position, engine = run.job, run.position, run.job.engine
+    saving.settle(
+        job, run.writer, run.tracker, job.folder / runs.CHECKPOINTS / checkpoint.name(position.step)
+    )
+    received = run.requests.received
+    told = distributed.gather(engine, f"{distributed.name(engine)}: {received}" if received else None)
+    reason = ", ".join(t for t in told if t)
+    run.tracker.event("stop", position.step, reason=reason)
+    if engine.main:
+        runs.write_status(job.folder, "stopped", position.step, engine.world, reason)
+    run.tracker.say(f"stopped at step {position.step} ({reason}); the same command goes on from here")
+    raise Stopped(reason)
+
+
+def _run_steps(job: Job, loader: Loader) -> int:
+    """Steps of the whole run, if no stage ends early."""
+    return sum(s.epochs * sampler.steps_per_epoch(len(loader), s.batch) for s in job.plan.stages)
 
 
 def _stage_weights(job: Job, skill: list[float], stage: int) -> tuple[float, float]:
@@ -220,118 +342,48 @@ def _stage_weights(job: Job, skill: list[float], stage: int) -> tuple[float, flo
     return alpha, gamma
 
 
-def _row(terms: dict[str, Tensor], batch: Batch, loader: Loader, like: Tensor) -> Tensor:
-    own = (batch.weight > 0).sum()
-    one = like.new_ones(())
-    values = {**terms, "samples": own, "steps": one, "wait_s": like.new_tensor(loader.wait_s)}
-    if "saliency" in terms:
-        values["aligned"] = one
-    loader.wait_s = 0.0
-    return torch.stack([values[k].detach().float() if k in values else like.new_zeros(()) for k in TERMS])
+def _config_digest(job: Job) -> str:
+    """Of the semantic keys: what decisions depend on."""
+    tree = configuration.semantic_keys(job.identity["config"])
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _means(job: Job, sums: Tensor) -> tuple[dict[str, float], int]:
-    """Means over steps and processes of each process's summed rows, and the number of images."""
-    return _means_of(job, distributed.total(job.engine, sums).tolist())
+def _weights_digest(job: Job) -> str:
+    digest = hashlib.sha256()
+    for value in job.student.state_dict().values():
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
-def _means_of(job: Job, totals: list[float]) -> tuple[dict[str, float], int]:
-    row = dict(zip(TERMS, totals, strict=True))
-    steps = max(row["steps"], 1.0)  # summed over the processes, as are the terms
-    means = {k: row[k] / steps for k in ("total", "ce")}
-    if job.config.loss.kd.alpha:
-        means["kd"] = row["kd"] / steps
-    if job.config.loss.saliency.gamma:
-        aligned = max(row["aligned"], 1.0)  # steps at which it was computed
-        means |= {"saliency": row["saliency"] / aligned, "flat_maps": row["flat"] / aligned}
-    means |= {
-        "accuracy": row["correct"] / max(row["samples"], 1.0),
-        "wait_s": row["wait_s"] / job.engine.world,
-    }
-    return means, int(row["samples"])
-
-
-def _check_finite(means: dict[str, float], step: int, stage_lr: float) -> None:
-    if not math.isfinite(means["total"]):
-        shown = ", ".join(f"{k}={means[k]:.4g}" for k in ("ce", "kd", "saliency") if k in means)
-        raise UserError(
-            f"the loss is {means['total']} by step {step} ({shown}) at lr {stage_lr:.3g}: "
-            "lower optim.lr, or set optim.clip=1"
-        )
-
-
-def _bar_text(means: dict[str, float], rate: float, best: float) -> str:
-    terms = "  ".join(f"{k} {means[k]:.3f}" for k in ("ce", "kd", "saliency") if k in means)
-    return f"{terms}  {rate:.0f} img/s" + (f"  val {best:.2%}" if best >= 0 else "")
-
-
-def _checkpoint_due(job: Job, position: Position, saved: float) -> bool:
-    spec = job.config.checkpoint
-    if spec.every_steps is not None and position.step % spec.every_steps == 0:
-        return True
-    if spec.every_minutes is None:
-        return False
-    # clocks differ between processes, and all must save at the same step: rank 0's counts
-    return distributed.broadcast(job.engine, time.perf_counter() - saved > 60 * spec.every_minutes)
-
-
-def _checkpoint(job: Job, position: Position, tracker: Tracker) -> None:
-    started = time.perf_counter()
-    name = checkpoint.name(position.step)
-    setup.save(job, job.folder / runs.CHECKPOINTS / name, position)
-    if job.engine.main:
-        spec = job.config.checkpoint
-        kept = _milestones(job.folder / runs.CHECKPOINTS, position, spec.keep_epochs)
-        checkpoint.prune(job.folder / runs.CHECKPOINTS, name, spec.keep, kept)
-        bests = {Path(b).name for b in [*position.stage_bests, position.curriculum.best_checkpoint] if b}
-        bests |= _bests_of(job.folder / runs.CHECKPOINTS, spec.keep)
-        checkpoint.prune_all_but(job.folder / runs.BEST, bests)
-    tracker.event("checkpoint", position.step, name=name, seconds=round(time.perf_counter() - started, 4))
-
-
-def _bests_of(folder: Path, newest: int) -> set[str]:
-    """Names of the best checkpoints that the newest ones count on: a resume may have to fall back to any of them."""
-    names = set()
-    for kept in sorted(folder.glob("step-*"), reverse=True)[:newest]:
-        try:
-            best = checkpoint.load_state(kept)["curriculum"]["best_checkpoint"]
-        except (UserError, KeyError):
-            continue  # damaged: nothing will go on from it
-        names |= {Path(best).name} if best else set()
-    return names
-
-
-def _milestones(folder: Path, position: Position, every: int | None) -> set[str]:
-    """Names of checkpoints kept for good: the ends of every n-th epoch."""
-    record = folder / "milestones.txt"
-    names = set(record.read_text().split()) if record.exists() else set()
-    if every is not None and position.epoch_step == 0 and position.epoch % every == 0:
-        names.add(checkpoint.name(position.step))
-        record.write_text("\n".join(sorted(names)) + "\n")
-    return names
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of dropout and drop-path at a step: a resumed run draws what an unbroken one does."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "little") >> 1
-
-
-def _open_run(job: Job) -> Tracker:
-    config = job.config
-    if job.engine.main:
+@contextmanager
+def _opened(job: Job, position: Position, skipped: list[str]) -> Iterator[Run]:
+    """The run folder and everything that must be closed again, whatever happens."""
+    config, engine = job.config, job.engine
+    if engine.main:
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
             (job.folder / runs.CONFIG).write_text(configuration.to_yaml(config))
+            runs.write_status(job.folder, "running", position.step, engine.world)
         except OSError as error:
             raise UserError(f"cannot write run folder {job.folder}: {error}") from error
+    distributed.barrier(engine)
     assert config.name is not None
-    track = config.track
-    return Tracker(
-        job.folder,
-        job.engine.main,
-        track.backend,
-        track.mode,
-        track.project,
-        config.name,
-        configuration.to_dict(config),
-    )
+    track, tree = config.track, configuration.to_dict(config)
+    tracker = Tracker(job.folder, engine.main, track.backend, track.mode, track.project, config.name, tree)
+    decisions = read_decisions(job.folder, _config_digest(job)) if engine.main else {}
+    samples = SampleLog(job.folder / runs.SAMPLES, engine.rank, engine.world, position.step, track.samples)
+    with (
+        distributed.StopRequests() as requests,
+        distributed.Watch(engine, config.rank_timeout_s) as watch,
+        samples,
+    ):
+        run = Run(job, position, tracker, samples, requests, watch, decisions)
+        try:
+            bookends.announce(job, position, skipped, tracker)
+            yield run
+            if engine.main:
+                saving.note(run.writer, tracker)
+        finally:
+            run.writer.close()
+            saving.note(run.writer, tracker)
+            tracker.close()

@@ -1,17 +1,19 @@
 """Run by every rank of a world: write each case's global batch and gradients at the same weights (see test_worlds).
 
-Arguments: teacher run, shards, output folder. The file `world-N.pt` holds, for each case, the batch in the order of
-its global positions, the loss and the gradient of every parameter, averaged over the processes as an optimizer sees it.
+Arguments: engine, teacher run, shards, output folder. The file `ENGINE-N.pt` holds, for each case, the batch in the
+order of its global positions, the loss and the gradient of every parameter, as the optimizer is to see it.
 """
 
+import os
 import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from irkd_dist import config as configuration
-from irkd_dist.training import distributed, setup
-from irkd_dist.training.train import forward
+from irkd_dist.errors import UserError
+from irkd_dist.training import distributed, engines, setup, step
 
 CASES = {
     "gradient": {},
@@ -30,12 +32,15 @@ CASES = {
     },
     "cutmix, teacher sees full": {"augment.cutmix": 1.0, "teacher.view": "full"},
     "batch below the world": {"data.batch": 3},
+    "micro-batches": {"optim.accumulate": 3, "loss.saliency.normalization": "l2"},
+    "sharded teacher": {"teacher.shard": True},
+    "no saliency": {"loss.saliency.gamma": 0.0},
     "two taps": {"loss.saliency.taps": "[first,[2,1]]", "loss.saliency.normalization": "l2"},
 }
 
 
 def gathered(
-    engine: distributed.Engine, tensor: torch.Tensor, positions: torch.Tensor, size: int
+    engine: engines.Engine, tensor: torch.Tensor, positions: torch.Tensor, size: int
 ) -> torch.Tensor:
     """Place each rank's rows at their global positions and sum over the ranks."""
     whole = torch.zeros(size, *tensor.shape[1:])
@@ -43,15 +48,42 @@ def gathered(
     return distributed.total(engine, whole)
 
 
-def run_case(overrides: dict[str, object], base: list[str], out: Path) -> dict[str, torch.Tensor]:
-    config = configuration.load(out / "student.yaml", [*base, *(f"{k}={v}" for k, v in overrides.items())])
-    engine = distributed.setup(config.precision)
+def full_gradient(engine: engines.Engine, parameter: torch.nn.Parameter) -> torch.Tensor:
+    if isinstance(engine, engines.Zero):
+        from deepspeed.utils import safe_get_full_grad
+
+        gradient = safe_get_full_grad(parameter)
+    else:
+        gradient = parameter.grad
+    assert gradient is not None
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+
+
+def run_case(overrides: dict[str, object], base: list[str], out: Path) -> dict[str, torch.Tensor] | None:
+    changes = [*base, *(f"{k}={v}" for k, v in overrides.items())]
+    try:
+        config = configuration.load(out / "student.yaml", changes)
+    except UserError:
+        return None  # which cases are refused is compared in the test
+    engine = engines.setup(config)
     job = setup.build(config, engine)
+    if config.teacher is not None and config.teacher.shard and engine.world > 1:
+        assert job.teacher is not None
+        parameters = list(job.teacher.model.parameters())
+        held = sum(p.to_local().numel() for p in parameters if isinstance(p, DTensor))
+        # rows are dealt out whole: a rank may hold one more row of each parameter than its part
+        slack = sum(p[0].numel() for p in parameters)
+        assert held <= sum(p.numel() for p in parameters) / engine.world + slack
     loader, validation = setup.loaders(job, job.stages[0])
     batches = list(loader.batches(1))
     batch = batches[-1] if "smoothing" in str(overrides) else batches[1]
-    terms = forward(job, batch, config.loss.kd.alpha, config.loss.saliency.gamma, step=0)
-    distributed.backward(engine, terms["total"])
+    loss, count = config.loss, config.optim.accumulate
+    sums = dict.fromkeys(("total", "ce", "kd", "saliency"), torch.zeros(()))
+    for i, part in enumerate(step.parts(batch, count)):
+        with engine.micro_batch(last=i == count - 1):
+            terms = step.forward(job, part, loss.kd.alpha, loss.saliency.gamma, step=0)
+            engine.backward(terms["total"])
+        sums = {key: value + terms.get(key, torch.zeros(())).detach() for key, value in sums.items()}
     real = batch.weight > 0
     target = batch.labels[:, None] if batch.targets is None else batch.targets
     result = {
@@ -60,25 +92,30 @@ def run_case(overrides: dict[str, object], base: list[str], out: Path) -> dict[s
         "ids": gathered(engine, torch.from_numpy(batch.ids)[real], batch.positions[real], batch.size),
         "seen": distributed.total(engine, real.sum()),
     }
-    for name in ("total", "ce", "kd", "saliency"):
-        # a rank may have no aligned sample, and so no such term
-        result[name] = distributed.total(engine, terms.get(name, torch.zeros(())).detach()) / engine.world
+    for name, value in sums.items():
+        result[name] = distributed.total(engine, value) / engine.world
+    if isinstance(engine, engines.Fsdp2):
+        engines.release(job.student)  # gradients are on the sharded parameters
     for name, parameter in job.student.named_parameters():
-        assert parameter.grad is not None, f"{name} has no gradient"
-        result[f"grad.{name}"] = parameter.grad.clone()
+        result[f"grad.{name}"] = full_gradient(engine, parameter)
+    engine.discard()
     loader.close()
     validation.close()
     return result
 
 
-def main(teacher: str, shards: str, out: Path) -> None:
-    base = [f"teacher.run={teacher}", f"data.shards={shards}", f"student.weights={out}/warm"]
+def main(engine: str, teacher: str, shards: str, out: Path) -> None:
+    base = [
+        f"engine={engine}",
+        f"teacher.run={teacher}",
+        f"data.shards={shards}",
+        f"student.weights={out}/warm",
+    ]
     results = {name: run_case(overrides, base, out) for name, overrides in CASES.items()}
-    engine = distributed.setup("fp32")
-    if engine.main:
-        torch.save(results, out / f"world-{engine.world}.pt")
-    distributed.finish(engine)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if rank == 0:
+        torch.save(results, out / f"{engine}-{world}.pt")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]))

@@ -34,7 +34,7 @@ def unbroken(shapes: Path, teacher: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("step", [1, 5, 7, 8, 9, 14])  # 7: the last before the transition, 8: the first after
 def test_killed_and_started_again_is_bitwise_the_same(unbroken: Path, step: int) -> None:
     arguments = ("train", str(unbroken / "student.yaml"), f"name=killed-{step}", *SETTINGS)
-    killed = irkd(*arguments, env={"IRKD_FAULT": f"sigkill@{step}"}, check=False)
+    killed = irkd(*arguments, env={"IRKD_FAULT": f"sigkill@step:{step}"}, check=False)
     assert killed.returncode == -9
     run = unbroken / f"killed-{step}"
     irkd(*arguments)
@@ -121,7 +121,13 @@ def test_two_processes_go_on_with_the_epochs_sums(student_yaml: Path) -> None:
     key = ("checkpoint.every_minutes=1e-9", "curriculum.epochs=1")  # clocks differ: rank 0's decides
     irkd("train", str(student_yaml), *key, "name=whole", world=2)
     done = irkd(
-        "train", str(student_yaml), *key, "name=killed", world=2, env={"IRKD_FAULT": "sigkill@2"}, check=False
+        "train",
+        str(student_yaml),
+        *key,
+        "name=killed",
+        world=2,
+        env={"IRKD_FAULT": "sigkill@step:2"},
+        check=False,
     )
     assert done.returncode != 0
     irkd("train", str(student_yaml), *key, "name=killed", world=2)

@@ -109,15 +109,20 @@ def test_the_loop_computes_what_a_naive_loop_does(student_yaml: Path, teacher: P
     assert abs(ours[0] - expected[0]) < 1e-6
 
 
+def events_teacher(events: list[dict]) -> str:
+    return next(e["decision"]["teacher"] for e in events if e.get("decision", {}).get("action") == "advance")
+
+
 def test_events_tell_the_run(student_yaml: Path) -> None:
     folder, events = run(student_yaml)
-    assert [e["event"] for e in events if e["event"] not in ("train", "checkpoint")] == [
+    assert [e["event"] for e in events if e["event"] not in ("train", "snapshot", "checkpoint", "decision")] == [
         "start", "teacher", "stage", "evaluation", "evaluation", "transition",
         "stage", "evaluation", "evaluation", "summary",
     ]  # fmt: skip
     assert of(events, "transition")[0] | {"time": 0} == {
         "event": "transition", "step": 8, "time": 0, "stage": 0, "to": 1, "resolution": 16, "reason": "2 epochs done",
-        "reload": None, "policy": "reset",
+        "reload": None, "policy": "reset", "action": "advance", "best": False, "batch": 32, "lr": 3e-4,
+        "teacher": events_teacher(events),
     }  # fmt: skip
     assert of(events, "teacher")[0]["resolutions"] == [12, 16]
     assert any("blocks.2.norm1 | blocks.3.norm1" in note for note in events[0]["notes"])
@@ -421,9 +426,15 @@ def test_bests_that_a_fallback_needs_stay(student_yaml: Path) -> None:
 
 
 def test_no_loss_that_is_not_finite_is_checkpointed(student_yaml: Path) -> None:
-    with pytest.raises(UserError, match="the loss is nan"):
+    with pytest.raises(
+        UserError, match=r"not finite on 4 steps in a row .* had already gone back and left out 4"
+    ):
         run(student_yaml, "optim.lr=1e30", "checkpoint.every_steps=1", "track.log_every=1000")
-    assert len(list((student_yaml.parent / "run" / "checkpoints").glob("step-*"))) <= 1
+    kept = (student_yaml.parent / "run" / "checkpoints").glob("step-*")
+    states = [checkpoint.load_state(folder) for folder in kept]
+    assert all(s["skipped"] or s["step"] <= 5 for s in states)  # what is from such steps says so
+    status = json.loads((student_yaml.parent / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
 
 
 def test_wandb_without_an_account_is_one_line(student_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,12 +25,12 @@ def worlds(shapes: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
         done = subprocess.run(
             [
                 sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", "--standalone",
-                "-m", "tests.training.parity_worker", str(teacher), str(shapes), str(out),
+                "-m", "tests.training.parity_worker", "ddp", str(teacher), str(shapes), str(out),
             ],
             cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
-    return {world: torch.load(out / f"world-{world}.pt") for world in (1, 2, 3, 4)}
+    return {world: torch.load(out / f"ddp-{world}.pt") for world in (1, 2, 3, 4)}
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

@@ -1,0 +1,187 @@
+"""Run folder -> plain data: configuration, events, panels, evaluation, and the times between events."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from irkd_dist import config as configuration
+from irkd_dist import runs
+from irkd_dist.config import Config, Stage
+from irkd_dist.data import shards
+from irkd_dist.errors import UserError
+from irkd_dist.evaluate import RESULT
+from irkd_dist.training import checkpoint, panels
+from irkd_dist.training.tracking import EVENTS, read_events
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder tells."""
+
+    folder: Path
+    name: str
+    config: Config
+    events: list[Event]
+    classes: tuple[str, ...]  # empty if not at hand
+    version: str | None  # of the package, as of the newest checkpoint
+    panels: list[tuple[int, int, dict[str, np.ndarray]]]
+    evaluation: Evaluation | None
+    notices: list[str]  # what a reader must know about the record itself
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages as configured, reached or not."""
+        return configuration.stages(self.config)
+
+    @property
+    def epochs(self) -> list[list[Event]]:
+        """The evaluations of each stage that has one, an epoch each."""
+        return [own for i in range(len(self.stages)) if (own := self.of("evaluation", i))]
+
+    @property
+    def best(self) -> Event | None:
+        """The evaluation whose weights the run is judged by: the last stage's best, the earliest of equal ones."""
+        last = self.last("evaluation")
+        return max(self.of("evaluation", last["stage"]), key=lambda e: e["accuracy"]) if last else None
+
+    def of(self, kind: str, stage: int | None = None) -> list[Event]:
+        """Events of one kind, of one stage if given, in order."""
+        return [e for e in self.events if e["event"] == kind and stage in (None, e.get("stage"))]
+
+    def last(self, kind: str) -> Event | None:
+        """The newest event of one kind."""
+        return next((e for e in reversed(self.events) if e["event"] == kind), None)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `irkd evaluate` measured: rows of (resolution, accuracy, map error, map correlation, pointing)."""
+
+    split: str
+    rows: list[tuple[int, float | None, float | None, float | None, float | None]]
+
+
+def read(folder: Path) -> Run:
+    """Read a run folder; what is missing or broken besides its configuration and events becomes a notice.
+
+    Raises:
+        UserError: it has no configuration or no events.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no run folder: there is no such folder")
+    config, events = runs.load_config(folder), _each_epoch_once(read_events(folder))
+    notices = []
+    cut = sum(not _is_json(line) for line in (folder / EVENTS).read_text().splitlines())
+    if cut:
+        notices.append(
+            f"{cut} line{'s' * (cut > 1)} of {EVENTS} cut short, as when a run is killed, and left out here."
+        )
+    state = _newest_state(folder)
+    try:
+        snapshots = panels.load(folder)
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        snapshots = []
+        notices.append(f"The saliency panels cannot be read: {error}")
+    evaluation, problem = _read_evaluation(folder / RESULT)
+    classes = tuple(state.get("classes", ())) or _classes_of_shards(config)
+    name, version = folder.resolve().name, state.get("package_version")
+    return Run(folder, name, config, events, classes, version, snapshots, evaluation, [*notices, *problem])
+
+
+def stage_seconds(run: Run) -> dict[int, float]:
+    """Seconds spent in each stage; -1 is before the first one."""
+    spent: dict[int, float] = {}
+    stage, entered = -1, 0.0
+    for event, now in zip(run.events, _elapsed(run.events), strict=False):
+        spent[stage] = spent.get(stage, 0.0) + now - entered
+        stage, entered = event["stage"] if event["event"] == "stage" else stage, now
+    return spent
+
+
+def timed_evaluations(run: Run) -> list[tuple[Event, float]]:
+    """The evaluations, each with the seconds of training up to it."""
+    timed = zip(run.events, _elapsed(run.events), strict=False)
+    return [(e, seconds) for e, seconds in timed if e["event"] == "evaluation"]
+
+
+def total_seconds(run: Run) -> float:
+    """Seconds of training; of an unfinished run up to its last event."""
+    summary = run.last("summary")
+    return summary["seconds"] if summary else _elapsed(run.events)[-1]
+
+
+def wait_share(steps: list[Event]) -> float | None:
+    """Share of the time in training steps that was spent waiting for data."""
+    counts = np.diff([0, *(e["step"] for e in steps)]) if steps else np.zeros(0)
+    if steps and len(steps) > 1:
+        counts[0] = counts[1]  # the first line's start is not in the record
+    times = np.array([n / e["images_per_s"] for n, e in zip(counts, steps, strict=True)])
+    if not times.sum():
+        return None
+    return float((times * [e["data_wait"] for e in steps]).sum() / times.sum())
+
+
+def _elapsed(events: list[Event]) -> list[float]:
+    """Seconds of training up to each event; pauses before a resume and the final test are left out."""
+    steps = [0.0]
+    for before, event in itertools.pairwise(events):
+        outside = event["event"] in ("start", "resume", "summary")
+        steps.append(0.0 if outside else max(event["time"] - before["time"], 0.0))
+    return list(itertools.accumulate(steps))
+
+
+def _newest_state(folder: Path) -> dict[str, Any]:
+    kept = [*(folder / runs.BEST).glob("*step-*"), *(folder / runs.CHECKPOINTS).glob("step-*")]
+    for candidate in sorted(kept, key=lambda f: f.name.rpartition("step-")[2], reverse=True):
+        try:
+            return checkpoint.load_state(candidate)
+        except UserError:
+            continue  # a damaged checkpoint is training's concern
+    return {}
+
+
+def _classes_of_shards(config: Config) -> tuple[str, ...]:
+    try:
+        return shards.load_manifest(Path(config.data.shards)).classes
+    except UserError:
+        return ()
+
+
+def _read_evaluation(file: Path) -> tuple[Evaluation | None, list[str]]:
+    if not file.is_file():
+        return None, []
+    try:
+        values = json.loads(file.read_text())
+        parts = [values.get(key) or {} for key in ("accuracy", "agreement", "pointing")]
+        accuracy, agreement, pointing = ({int(k): v for k, v in part.items()} for part in parts)
+        rows = []
+        for size in sorted({*accuracy, *agreement, *pointing}):
+            maps = agreement.get(size) or {}
+            row = (accuracy.get(size), maps.get("mse"), maps.get("correlation"), pointing.get(size))
+            rows.append((size, *(None if v is None or v != v else float(v) for v in row)))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return None, [f"{file.name} is not what irkd evaluate writes and was left out: {error}"]
+    return Evaluation(str(values.get("split", "test")), rows) if rows else None, []
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line or "{}")
+    except ValueError:
+        return False
+    return True
+
+
+def _each_epoch_once(events: list[Event]) -> list[Event]:
+    """A run killed between an epoch's evaluation and its checkpoint evaluates again at the same step."""
+    newest = {e["epoch"]: e for e in events if e["event"] == "evaluation"}
+    return [e for e in events if e["event"] != "evaluation" or newest[e["epoch"]] is e]

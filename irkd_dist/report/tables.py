@@ -1,0 +1,133 @@
+"""A run in numbers: the tiles at the top of the page, and the tables."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from irkd_dist.report import reading, words
+from irkd_dist.report.reading import Run
+
+Table = dict[str, Any]  # columns, rows of as many cells, and what the page marks in them
+
+
+def tiles(run: Run) -> list[tuple[str, str, str]]:
+    """(label, value, remark) of the numbers that matter most."""
+    summary, epochs, best = run.last("summary") or {}, run.of("evaluation"), run.best
+    found = []
+    if "test_accuracy" in summary:
+        remark = f"best checkpoint, {summary['resolution']} px; last {summary['test_accuracy_last']:.2%}"
+        found.append(("Test accuracy", f"{summary['test_accuracy']:.2%}", remark))
+    if best:
+        label = "Best validation" if best["split"] != "test" else "Best on test"
+        found.append((label, f"{best['accuracy']:.2%}", f"{best['resolution']} px, epoch {best['epoch']}"))
+    teacher = run.last("teacher")
+    if teacher:
+        remark = f"held out, {teacher['resolutions'][-1]} px"
+        found.append(("Teacher", f"{teacher['accuracy'][-1]:.2%}", remark))
+    if epochs:
+        count = f"{len(epochs)} epoch{'s' * (len(epochs) > 1)}, {run.events[-1]['step']:,} steps"
+        found.append(("Time", _duration(reading.total_seconds(run)), count))
+    wait = reading.wait_share(run.of("train"))
+    if wait is not None:
+        found.append(("Waiting for data", f"{wait:.1%}", "of the time in training steps"))
+    return found
+
+
+def stages(run: Run) -> Table:
+    """The summary by stage; stages not reached have empty cells."""
+    seconds, moved = reading.stage_seconds(run), {e["stage"]: e["reason"] for e in run.of("transition")}
+    rows = []
+    for i, stage in enumerate(run.stages):
+        epochs, steps = run.of("evaluation", i), run.of("train", i)
+        wait = reading.wait_share(steps)
+        values = {
+            "stage": f"{stage.resolution} px",
+            "epochs": f"{len(epochs)} / {stage.epochs}",
+            "train": f"{epochs[-1]['train_accuracy']:.2%}" if epochs else "",
+            "best val": f"{max(e['accuracy'] for e in epochs):.2%}" if epochs else "",
+            "last val": f"{epochs[-1]['accuracy']:.2%}" if epochs else "",
+            "images/s": f"{statistics.median(e['images_per_s'] for e in steps):,.0f}" if steps else "",
+            "data wait": "" if wait is None else f"{wait:.1%}",
+            "time": _duration(seconds[i]) if i in seconds else "",
+            "ended": moved.get(i, "") or _end(run, i),
+        }
+        rows.append(values)
+    return {"columns": list(rows[0]), "rows": [list(r.values()) for r in rows]}
+
+
+def teacher(run: Run) -> Table | None:
+    """The teacher's accuracy at each resolution, and how far the student is from it."""
+    measured = run.last("teacher")
+    if measured is None:
+        return None
+    weights = {e["stage"]: (f"{e['alpha']:.3g}", f"{e['gamma']:.3g}") for e in run.of("stage")}
+    rows = []
+    for i, size in enumerate(measured["resolutions"]):
+        best = max((e["accuracy"] for e in run.of("evaluation", i)), default=None)
+        level = measured["accuracy"][i]
+        gap = "" if best is None else f"{100 * (best - level):+.2f}".replace("-", "\N{MINUS SIGN}")
+        rows.append([f"{size} px", f"{level:.2%}", gap, *weights.get(i, ("", ""))])
+    columns = ["resolution", "teacher", "student minus teacher", "KD weight", "saliency weight"]
+    return {"columns": columns, "rows": rows}
+
+
+def evaluation(run: Run) -> Table | None:
+    """What `irkd evaluate` measured at each resolution."""
+    measured = run.evaluation
+    if measured is None:
+        return None
+    names = ["accuracy", "map error (MSE)", "map correlation", "pointing"]
+    forms = ["{:.2%}", "{:.4f}", "{:.3f}", "{:.2%}"]
+    kept = [i for i in range(4) if any(row[i + 1] is not None for row in measured.rows)]
+    rows = [
+        [f"{row[0]} px", *("" if row[i + 1] is None else forms[i].format(row[i + 1]) for i in kept)]
+        for row in measured.rows
+    ]
+    return {"split": measured.split, "columns": ["resolution", *(names[i] for i in kept)], "rows": rows}
+
+
+def comparison(found: list[Run]) -> Table:
+    """A row for each run; `tops` marks the best scores."""
+    rows, scores = [], []
+    for run in found:
+        summary, config = run.last("summary") or {}, run.config
+        test, best = summary.get("test_accuracy"), run.best
+        scores.append([test, best["accuracy"] if best else None])
+        sizes = [s.resolution for s in run.stages]
+        row = {
+            "run": run.name,
+            "test": f"{test:.2%}" if test is not None else "" if summary else "unfinished",
+            "best val": f"{best['accuracy']:.2%}" if best else "",
+            "terms": words.terms(config),
+            "student": config.student.name + (f" / {config.student.patch}" if config.student.patch else ""),
+            "resolution": f"{sizes[0]} to {sizes[-1]} px" if len(sizes) > 1 else f"{sizes[0]} px",
+            "stages": str(len(sizes)),
+            "epochs": str(len(run.of("evaluation"))),
+            "steps": f"{run.events[-1]['step'] if run.events else 0:,}",
+            "time": _duration(reading.total_seconds(run)),
+        }
+        rows.append(row)
+    best = [max((s for s in column if s is not None), default=None) for column in zip(*scores, strict=True)]
+    marked = [[s is not None and s == top for s, top in zip(own, best, strict=True)] for own in scores]
+    tops = [[False, *marks, *[False] * 7] for marks in marked]
+    return {"columns": list(rows[0]), "rows": [list(r.values()) for r in rows], "tops": tops}
+
+
+def _end(run: Run, stage: int) -> str:
+    epochs = run.of("evaluation", stage)
+    if not run.of("stage", stage):
+        return "not reached"
+    if run.last("summary") is None:
+        return "unfinished"
+    planned = run.stages[stage].epochs
+    return f"{len(epochs)} epochs done" if len(epochs) == planned else "no better validation accuracy"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 600:
+        return "{} min {:02d} s".format(*divmod(round(seconds), 60))
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
