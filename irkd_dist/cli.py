@@ -173,9 +173,7 @@ def _train(arguments: argparse.Namespace) -> int:
         print(config.to_yaml(loaded), end="")
         return 0
     if arguments.print_folder:
-        from irkd_dist import runs
-
-        print(runs.folder_of(loaded))
+        print(config.folder_of(loaded))
         return 0
     from irkd_dist.training.train import train
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import submitit
 from submitit.core.utils import FailedJobError
 
-from irkd_dist import config, runs
+from irkd_dist import config
 from irkd_dist.errors import UserError
 from irkd_dist.training import requeue
 
@@ -122,13 +122,9 @@ def main() -> int:
     try:
         for file, seed in product(arguments.configs, seeds):
             overrides = [*arguments.overrides, *seed]
-            run = runs.folder_of(config.load(file, overrides))
+            run = config.folder_of(config.load(file, overrides))
             processes = arguments.processes_per_node or arguments.gpus_per_node or 1
-            jobs.append(
-                Train(
-                    file, overrides, str(run), processes, arguments.max_restarts, grace
-                )
-            )
+            jobs.append(Train(file, overrides, str(run), processes, arguments.max_restarts, grace))
     except UserError as error:
         print(f"submitit_launch: error: {error}", file=sys.stderr)
         return 2
