@@ -44,25 +44,20 @@ class Train:
         job = submitit.JobEnvironment()
         first = job.global_rank == 0
         if first:
-            (Path(self.run) / requeue.STATUS).unlink(
-                missing_ok=True
-            )  # what is there afterwards is of this attempt
-            signal.signal(
-                signal.SIGTERM, lambda *_: signal.raise_signal(job._usr_sig())
-            )  # submitit passes over it
+            # what is there afterwards is of this attempt
+            (Path(self.run) / requeue.STATUS).unlink(missing_ok=True)
+            # submitit passes over SIGTERM; to us it is the same
+            signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(job._usr_sig()))
         self.launcher = self._start(job)
         while self.launcher.poll() is None:
             time.sleep(0.5)
         verdict = requeue.decide(Path(self.run), self.limit, count=False)
-        if (
-            first and verdict.action == "requeue"
-        ):  # a rank was signalled or killed: to submitit it is the same
-            signal.raise_signal(job._usr_sig())
+        if first and verdict.action == "requeue":
+            signal.raise_signal(job._usr_sig())  # a rank was signalled or killed: off to submitit's handler
         if first and verdict.action == "failed":
             raise FailedJobError(verdict.why)
-        return str(
-            verdict
-        )  # the other nodes never fail: SLURM might end the first one for it before it has requeued
+        # the other nodes never fail: SLURM might end the first one for it before that has requeued the job
+        return str(verdict)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission | None:
         """Called by submitit on the first node: stop the ranks, which write a checkpoint, and say what to requeue."""

@@ -190,8 +190,10 @@ class Cluster:
         """Let requeued jobs start soon: SLURM holds them back for two minutes, so that old credentials are void."""
         for line in self.run("squeue", "--noheader", "--state=PENDING", "--format=%i|%r|%S").splitlines():
             job, reason, start = line.split("|")
-            if reason == "BeginTime" and datetime.fromisoformat(start) > datetime.now() + timedelta(
-                seconds=20
+            if (
+                reason == "BeginTime"
+                and start != "N/A"
+                and datetime.fromisoformat(start) > datetime.now() + timedelta(seconds=20)
             ):
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now+3", check=False)
 
