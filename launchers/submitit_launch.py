@@ -71,7 +71,9 @@ class Train:
         print(f"submitit_launch: {verdict}", flush=True)
         if verdict.action == "finished":
             sys.exit(0)
-        return submitit.helpers.DelayedSubmission(replace(self)) if verdict.action == "requeue" else None
+        if verdict.action == "failed" or _cancelled():
+            return None  # submitit then ends the job
+        return submitit.helpers.DelayedSubmission(replace(self))
 
     def _start(self, job: submitit.JobEnvironment) -> subprocess.Popen[bytes]:
         attempt = int(os.environ.get("SLURM_RESTART_COUNT", 0))
@@ -101,6 +103,15 @@ class Train:
         return subprocess.Popen(
             command, env=environment | os.environ, start_new_session=True, preexec_fn=_end_with_parent
         )
+
+
+def _cancelled() -> bool:
+    """Whether SLURM ends the job for good or requeues it itself; it would start a cancelled job that is requeued."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return False
+    command = ["squeue", "--noheader", f"--job={os.environ['SLURM_JOB_ID']}", "--format=%T %r"]
+    state = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return not (state.startswith("RUNNING") or state.endswith("TimeLimit"))
 
 
 def _end_with_parent() -> None:

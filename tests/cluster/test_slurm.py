@@ -126,6 +126,7 @@ def test_a_lost_node_is_replaced(running: Job, cluster: Cluster) -> None:
 def test_cancelled_means_cancelled(running: Job) -> None:
     running.cluster.run("scancel", running.id)
     running.wait("CANCELLED", 40)
+    assert "not requeued: cancelled" in running.text()
     wait_for(lambda: not running.ranks(), 10, "end of the ranks")
 
 
