@@ -169,12 +169,20 @@ def test_elastic_goes_on_with_fewer_nodes_and_requeues_without_the_first(
         assert job.wait("RUNNING", 5)["Restarts"] == "0"
 
         cluster.kill_node("node1")
-        wait_for(lambda: "node1 is lost" in job.text(), 90, "word of the loss", job.text)
+        word = job.run / f"logs/job{job.id}.0/requeued/why"
+        wait_for(
+            lambda: word.is_file() and "requeue: crashed" in word.read_text(),
+            90,
+            "word of it",
+            cluster.status,
+        )
+        assert word.read_text().startswith("irkd.sbatch: node1 is lost, and with it the rendezvous")
     finally:
         cluster.start_node("node1")
         cluster.start_node("node3")
     again = job.wait_training(3, 90)
     assert again["step"] >= smaller["step"]
+    assert again["world"] >= 2
     assert job.wait("RUNNING", 5)["Restarts"] == "1"
 
 
