@@ -67,6 +67,10 @@ class Train:
             os.kill(self.launcher.pid, signal.SIGUSR1)
             # Popen's own methods may wait for a lock that the interrupted poll() holds
             os.waitid(os.P_PID, self.launcher.pid, os.WEXITED | os.WNOWAIT)
+            # rank 0 may be on another node, and still be writing
+            end = time.monotonic() + 20
+            while requeue.state(Path(self.run)) == "running" and time.monotonic() < end:
+                time.sleep(0.2)
         verdict = requeue.decide(Path(self.run), self.limit)
         print(f"submitit_launch: {verdict}", flush=True)
         if verdict.action == "finished":

@@ -53,6 +53,11 @@ def decide(run: Path, limit: int, count: bool = True) -> Verdict:
     return Verdict("requeue", f"{what}; restart {after['restarts']}, {vain} of {limit} without progress")
 
 
+def state(run: Path) -> str:
+    """What `status.json` says: running, stopped, finished, failed; empty where there is none."""
+    return str(_read(run / STATUS).get("state", ""))
+
+
 def _newest_step(run: Path) -> int | None:
     """The step of the newest checkpoint; they appear under their names only when they are whole."""
     steps = [
