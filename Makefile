@@ -1,10 +1,11 @@
-# make demo: the whole job on synthetic images; make test: every test; make chaos: faults, on and on; make lint: style and types.
+# make demo: the whole job on synthetic images; make test: every test but those of clusters; make cluster: those, on a
+# real SLURM (Debian: slurm-wlm munge shellcheck) and with the real wandb agent; make chaos: faults, on and on; make lint
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test chaos lint format clean env
+.PHONY: demo test cluster chaos lint format clean env
 env: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -18,7 +19,10 @@ demo: $(STAMP)
 	$(BIN)/irkd demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/cluster
+
+cluster: $(STAMP)
+	$(BIN)/python -m pytest tests/cluster
 
 FAULTS ?= 200
 SEED ?= 7

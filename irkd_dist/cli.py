@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="YAML file; those that ship with the package are named configs/...")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="or --key=value, as sweeps send it")
     train.add_argument("--print-config", action="store_true", help="show the resolved configuration and stop")
+    train.add_argument("--print-folder", action="store_true", help="show the run folder and stop")
     train.set_defaults(call=_train)
 
     doctor = _command(commands, "doctor", "check machine, processes, data and one step before a run")
@@ -98,6 +99,17 @@ def _parser() -> argparse.ArgumentParser:
     status = _command(commands, "status", "where a run stands: stage, speed, checkpoint, time left")
     status.add_argument("run", type=Path, help="run folder")
     status.set_defaults(call=_status)
+
+    requeue = _command(commands, "requeue", "after a job of irkd train: is it to run again?")
+    requeue.add_argument("run", type=Path, help="run folder")
+    requeue.add_argument(
+        "--limit",
+        type=int,
+        default=3,
+        metavar="N",
+        help="restarts in a row without a new checkpoint (default 3)",
+    )
+    requeue.set_defaults(call=_requeue)
 
     evaluate = commands.add_parser(
         "evaluate", help="accuracy at each resolution, saliency agreement, pointing game"
@@ -170,6 +182,9 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(config.to_yaml(loaded), end="")
         return 0
+    if arguments.print_folder:
+        print(config.folder_of(loaded))
+        return 0
     from irkd_dist.training.train import train
 
     train(loaded)
@@ -188,6 +203,13 @@ def _status(arguments: argparse.Namespace) -> int:
     from irkd_dist import status
 
     print(status.show(status.read(arguments.run)))
+    return 0
+
+
+def _requeue(arguments: argparse.Namespace) -> int:
+    from irkd_dist.training import requeue
+
+    print(requeue.decide(arguments.run, arguments.limit))
     return 0
 
 

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from irkd_dist.distill import models
+from irkd_dist.distill.paper import PAPER_MODELS
 from irkd_dist.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -428,7 +428,7 @@ def check(config: Config) -> None:
             )
         if (config.teacher.mean is None) != (config.teacher.std is None):
             raise UserError("teacher.mean and teacher.std go together: give both or none")
-    if config.student.distilled is True and config.student.name in models.PAPER_MODELS and not loss.kd.alpha:
+    if config.student.distilled is True and config.student.name in PAPER_MODELS and not loss.kd.alpha:
         raise UserError(
             "student.distilled=true with loss.kd.alpha=0: nothing teaches the distillation token; use auto"
         )
@@ -447,7 +447,7 @@ def check(config: Config) -> None:
     if config.teacher is not None and config.teacher.model is not None:
         patches["teacher"] = config.teacher.model
     for role, model in patches.items():
-        if model.name in models.PAPER_MODELS and model.patch is not None:
+        if model.name in PAPER_MODELS and model.patch is not None:
             check_resolutions(config, model.patch, role)
 
 
@@ -473,10 +473,16 @@ def check_resolutions(config: Config, patch: int, role: str) -> None:
             )
 
 
+def folder_of(config: Config) -> Path:
+    """The run folder of a configuration."""
+    assert config.name is not None
+    return Path(config.out) / config.name
+
+
 def student_distilled(config: Config) -> bool:
     """Whether the student carries a distillation token (`auto`: when logits are distilled)."""
     if config.student.distilled == "auto":
-        return config.loss.kd.alpha > 0 and config.student.name in models.PAPER_MODELS
+        return config.loss.kd.alpha > 0 and config.student.name in PAPER_MODELS
     return config.student.distilled
 
 

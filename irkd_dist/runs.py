@@ -22,6 +22,7 @@ from irkd_dist.training import checkpoint
 
 CONFIG, CHECKPOINTS, BEST = "config.yaml", "checkpoints", "best"
 STATUS, SAMPLES, SESSION = "status.json", "samples", "session"
+folder_of = configuration.folder_of
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,6 @@ class Network:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     folder: Path  # the checkpoint it came from
-
-
-def folder_of(config: Config) -> Path:
-    """The run folder of a configuration."""
-    assert config.name is not None
-    return Path(config.out) / config.name
 
 
 def write_status(run: Path, state: str, step: int, world: int, reason: str = "") -> None:

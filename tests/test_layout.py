@@ -40,6 +40,10 @@ def test_each_engine_and_tracker_has_one_door(library: str) -> None:
     assert users <= {ONLY_DOOR[library]}
 
 
+def test_only_launchers_import_submitit() -> None:
+    assert not [f for f in PACKAGE.rglob("*.py") if any(n.split(".")[0] == "submitit" for n in imports(f))]
+
+
 def test_data_and_distill_know_nothing_of_training() -> None:
     for folder in ("data", "distill"):
         for file in (PACKAGE / folder).rglob("*.py"):

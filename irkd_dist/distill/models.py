@@ -16,20 +16,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from irkd_dist.distill import saliency
+from irkd_dist.distill.paper import PAPER_MODELS
 from irkd_dist.errors import UserError
 
 Method = Literal["gradient", "grad_cam", "hirescam", "attention"]
-
-# The paper's models: (timm architecture, with distillation token, overrides). Any other name is timm's own.
-PAPER_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "custom": (
-        "vit_tiny_patch16_224",
-        "deit_tiny_distilled_patch16_224",
-        {"embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 2},
-    ),
-    "vit_tiny": ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", {}),
-    "vit_small": ("vit_small_patch16_224", "deit_small_distilled_patch16_224", {}),
-}
 
 
 def create_model(

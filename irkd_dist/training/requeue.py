@@ -1,0 +1,81 @@
+"""After a job ended, is it to run again? Decided by the run folder alone: launchers hide or change exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+STATUS, RESTARTS = "status.json", "restarts.json"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to become of the job, and why; printed as `requeue: stopped at step 40`."""
+
+    action: Literal["requeue", "finished", "failed"]
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.action}: {self.why}"
+
+
+def decide(run: Path, limit: int, count: bool = True) -> Verdict:
+    """Requeue what stopped on request or crashed, unless `limit` restarts in a row brought no new checkpoint.
+
+    Called once after each attempt, it counts the restarts in `restarts.json` of the run folder; `count=False` looks
+    and changes nothing.
+    """
+    status = _read(run / STATUS)
+    state, step = status.get("state"), _newest_step(run)
+    if state == "finished":
+        return Verdict("finished", f"step {status.get('step')}")
+    if state == "failed":
+        return Verdict("failed", str(status.get("reason") or "see the log"))
+    what = {"stopped": "stopped on request", "running": "crashed or was killed"}.get(
+        str(state), "ended before training began"
+    )
+    what += f", newest checkpoint {f'at step {step}' if step is not None else 'none'}"
+    if not count:
+        return Verdict("requeue", what)
+
+    before = _read(run / RESTARTS)
+    vain = before.get("without_progress", 0) + 1 if before.get("step", None) == step else 0
+    if vain > limit:
+        what += f"; gave up after {limit} restarts without a new checkpoint"
+        _write(run / STATUS, {**status, "state": "failed", "reason": what})
+        _write(run / RESTARTS, {**before, "without_progress": 0})  # who submits it again means to try anew
+        return Verdict("failed", what)
+    after = {"restarts": before.get("restarts", 0) + 1, "without_progress": vain, "step": step}
+    _write(run / RESTARTS, after)
+    return Verdict("requeue", f"{what}; restart {after['restarts']}, {vain} of {limit} without progress")
+
+
+def state(run: Path) -> str:
+    """What `status.json` says: running, stopped, finished, failed; empty where there is none."""
+    return str(_read(run / STATUS).get("state", ""))
+
+
+def _newest_step(run: Path) -> int | None:
+    """The step of the newest checkpoint; they appear under their names only when they are whole."""
+    steps = [
+        int(folder.name[5:]) for folder in (run / "checkpoints").glob("step-*") if folder.name[5:].isdigit()
+    ]
+    return max(steps, default=None)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError):  # missing, or cut off by what ended the job
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _write(file: Path, value: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value) + "\n")
+    temporary.rename(file)
