@@ -386,7 +386,7 @@ def _step(job: setup.Job, number: int, stage: configuration.Stage) -> str:
             start = time.perf_counter()
             try:
                 # as step 0: one at which saliency is aligned, whatever loss.saliency.every says
-                step.take(job, batch, loss.kd.alpha, loss.saliency.gamma, 0, False)
+                step.take(job, batch, loss.kd.alpha, loss.saliency.gamma, 0, [])
             except step.NotFinite as error:
                 raise UserError(
                     f"the loss of {error} is not finite: lower optim.lr, or use precision=fp32"

@@ -14,17 +14,21 @@ from irkd_dist.training.setup import Job, Position
 from irkd_dist.training.tracking import Tracker
 
 
-def due(job: Job, position: Position, saved: float) -> bool:
-    """Whether the interval of steps or of minutes is over; `saved`: `perf_counter` at the last checkpoint."""
-    spec = job.config.checkpoint
+def overdue(job: Job, saved: float) -> bool:
+    """Whether rank 0's clock says that the interval of minutes is over; `saved`: `perf_counter` at the last checkpoint.
+
+    Clocks differ between processes, and all must save at the same step: so the others have no wish.
+    """
+    minutes = job.config.checkpoint.every_minutes
+    return job.engine.main and minutes is not None and time.perf_counter() - saved > 60 * minutes
+
+
+def due(job: Job, position: Position, timed: bool) -> bool:
+    """Whether to save after this step; `timed`: what rank 0's clock says."""
     if position.skipped:
         return False  # the last good one must be from before these steps
-    if spec.every_steps is not None and position.step % spec.every_steps == 0:
-        return True
-    if spec.every_minutes is None:
-        return False
-    # clocks differ between processes, and all must save at the same step: rank 0's counts
-    return distributed.broadcast(job.engine, time.perf_counter() - saved > 60 * spec.every_minutes)
+    every = job.config.checkpoint.every_steps
+    return timed or (every is not None and position.step % every == 0)
 
 
 def save(

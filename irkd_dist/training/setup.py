@@ -155,8 +155,13 @@ def _settle(job: Job) -> None:
     label = torch.zeros(1, dtype=torch.long, device=job.engine.device)
     targets = Targets()
     if job.teacher is not None:
-        # at the student's resolution: what it says does not matter, which terms there are does
-        targets = job.teacher(image, label, 1 if loss.saliency.gamma else 0, logits=loss.kd.alpha > 0)
+        # what it says of a blank image does not matter, which terms there are does
+        view = (
+            torch.zeros(1, 3, *[max(job.manifest.resolutions)] * 2, device=image.device)
+            if full_view(job)
+            else image
+        )
+        targets = job.teacher(view, label, 1 if loss.saliency.gamma else 0, logits=loss.kd.alpha > 0)
     buffers = {k: v.clone() for k, v in job.student.named_buffers()}
     job.module.train()
     terms = job.module(

@@ -25,18 +25,19 @@ class NotFinite(Exception):
 
 
 def take(
-    job: Job, batch: Batch, alpha: float, gamma: float, step: int, stop: bool
-) -> tuple[list[dict[str, Tensor]], bool]:
+    job: Job, batch: Batch, alpha: float, gamma: float, step: int, wishes: list[bool]
+) -> tuple[list[dict[str, Tensor]], list[bool]]:
     """Take one step on all ranks, or on none.
 
     Returns:
-        The loss terms of each micro-batch, and whether any rank was asked to stop.
+        The loss terms of each micro-batch, and for each of this rank's `wishes` whether any rank has it: they travel
+        with what is exchanged anyway.
 
     Raises:
         NotFinite: on all ranks alike; weights and moments are as they were.
     """
     engine, count = job.engine, job.config.optim.accumulate
-    rows, asked = [], False
+    rows, granted = [], wishes
     for i, part in enumerate(parts(batch, count)):
         torch.manual_seed(seed(job.config.seed, step, engine.rank, i))
         with engine.micro_batch(last=i == count - 1):
@@ -45,16 +46,15 @@ def take(
                 terms["total"] = terms["total"] * float(kind)
             # before the backward: no gradient of any rank has yet met another's
             wrong = ~torch.isfinite(terms["total"].detach())
-            bad, now = distributed.any_of(engine, wrong, stop)
+            bad, *granted = distributed.any_of(engine, wrong, *wishes)
             if bad:
                 engine.discard()
                 told = distributed.gather(engine, distributed.name(engine) if bool(wrong) else None)
                 raise NotFinite([name for name in told if name])
             engine.backward(terms["total"])
         rows.append(terms)
-        asked = asked or now
     engine.step()
-    return rows, asked
+    return rows, granted
 
 
 def parts(batch: Batch, count: int) -> list[Batch]:

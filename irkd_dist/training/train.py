@@ -126,11 +126,11 @@ def _train_epoch(run: Run, loader: Loader, alpha: float, gamma: float, stage_ste
         lr = step.learning_rate(job, position, stage_steps, run_steps)
         optim.set_lr(job.optimizer, lr)
 
+        timed = False
         if position.step not in left_out:
+            wishes = [run.requests.received is not None, saving.overdue(job, run.saved)]
             try:
-                rows, asked = step.take(
-                    job, batch, alpha, gamma, position.step, run.requests.received is not None
-                )
+                rows, (asked, timed) = step.take(job, batch, alpha, gamma, position.step, wishes)
             except step.NotFinite as error:
                 if _skip(run, error.ranks, lr, loader.steps_per_epoch):
                     return False
@@ -157,9 +157,7 @@ def _train_epoch(run: Run, loader: Loader, alpha: float, gamma: float, stage_ste
             text = metrics.bar_text(means, rates["images_per_s"], position.curriculum.best_accuracy)
             bar(position.stage_step, text)
             saving.note(run.writer, run.tracker)
-        if position.epoch_step < loader.steps_per_epoch and (
-            run.asked or saving.due(job, position, run.saved)
-        ):
+        if position.epoch_step < loader.steps_per_epoch and (run.asked or saving.due(job, position, timed)):
             position.sums = distributed.total(engine, sums).tolist()
             _save(run)
             if run.asked:
