@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,8 @@ from irkd_dist.training import checkpoint, engines
 from tests.training.launch import REPOSITORY, irkd, launch_engine, losses
 from tests.training.parity_worker import CASES
 
-# every engine at two processes, and each other engine at three or four; ddp at all of them is in test_worlds
-WORLDS = [
-    ("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2),
-    ("zero0", 3), ("zero1", 4), ("zero2", 3), ("zero3", 4), ("fsdp2", 3), ("fsdp2", 4),
-]  # fmt: skip
+# ddp is in test_worlds
+WORLDS = [(engine, world) for engine in ("zero0", "zero1", "zero2", "zero3", "fsdp2") for world in (2, 3, 4)]
 REFUSED = {
     name for name, keys in CASES.items() if keys.get("loss.saliency.gamma") != 0.0 and "attention" not in name
 }
@@ -85,23 +83,28 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.fixture(scope="module")
-def unbroken(folder: Path) -> dict[bool, Path]:
-    """The single process's 20 steps, with saliency and without."""
-    for saliency in (True, False):
-        more = [] if saliency else [NO_SALIENCY]
-        irkd(
-            "train", str(folder / "student.yaml"), f"name=one-{saliency}", *TWENTY, *more, "checkpoint.keep=9"
-        )
-    return {saliency: folder / f"one-{saliency}" for saliency in (True, False)}
+def unbroken(folder: Path) -> Callable[..., Path]:
+    """The single process's 20 steps, with saliency or without, under an optimizer policy; made when first asked for."""
+
+    def run(saliency: bool, policy: str = "reset") -> Path:
+        name = f"one-{saliency}-{policy}"
+        if not (folder / name).exists():
+            more = [f"optim.policy={policy}", *([] if saliency else [NO_SALIENCY])]
+            irkd("train", str(folder / "student.yaml"), f"name={name}", *TWENTY, *more, "checkpoint.keep=9")
+        return folder / name
+
+    return run
 
 
-@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize(
+    ("engine", "policy"), [("zero1", "carry"), ("zero2", "rewarm"), ("zero3", "reset"), ("fsdp2", "carry")]
+)
 def test_twenty_steps_and_a_checkpoint_that_belongs_to_no_engine(
-    folder: Path, unbroken: dict[bool, Path], engine: str
+    folder: Path, unbroken: Callable[..., Path], engine: str, policy: str
 ) -> None:
     """Losses to 1e-5 over 20 steps and a transition; weights to 1e-4 of the way they travelled; the same file."""
-    one = unbroken[engine != "zero3"]
-    more = [NO_SALIENCY] if engine == "zero3" else []
+    one = unbroken(engine != "zero3", policy)
+    more = [f"optim.policy={policy}", *([NO_SALIENCY] if engine == "zero3" else [])]
     launch_engine(engine, 2, "train", str(folder / "student.yaml"), f"name={engine}", *TWENTY, *more)
     run = folder / engine
     for a, b in zip(losses(one), losses(run), strict=True):
@@ -126,7 +129,7 @@ def test_twenty_steps_and_a_checkpoint_that_belongs_to_no_engine(
     ],
 )  # fmt: skip
 def test_any_engine_goes_on_from_any_others_checkpoint(
-    folder: Path, unbroken: dict[bool, Path], saved_by: str, world: int, resumed_by: str, new_world: int
+    folder: Path, unbroken: Callable[..., Path], saved_by: str, world: int, resumed_by: str, new_world: int
 ) -> None:
     """Stopped in the second stage by SIGTERM to one rank, resumed elsewhere: the unbroken run's losses."""
     saliency = "zero3" not in (saved_by, resumed_by)
@@ -141,7 +144,7 @@ def test_any_engine_goes_on_from_any_others_checkpoint(
         0
     ] == folder / name / "checkpoints" / checkpoint.name(14)
     launch_engine(resumed_by, new_world, *arguments)
-    told, expected = losses(folder / name), losses(unbroken[saliency])
+    told, expected = losses(folder / name), losses(unbroken(saliency))
     assert [e["step"] for e in told] == list(range(1, 21))
     for a, b in zip(expected, told, strict=True):
         assert b["total"] == pytest.approx(a["total"], rel=1e-5), a["step"]
