@@ -299,12 +299,14 @@ def parameter_count(model: nn.Module) -> int:
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
     """Load a full state dict; a mismatch is a UserError that names the first differing entries."""
-    check_weights({k: v.shape for k, v in model.state_dict().items()}, weights, where)
+    check_weights({k: v.shape for k, v in model.state_dict().items()}, weights, where, type(model).__name__)
     with torch.no_grad():
         model.load_state_dict(weights)
 
 
-def check_weights(own: Mapping[str, torch.Size], weights: Mapping[str, Tensor], where: str) -> None:
+def check_weights(
+    own: Mapping[str, torch.Size], weights: Mapping[str, Tensor], where: str, what: str = "the model"
+) -> None:
     """Compare the shapes of a model's state dict with a file's.
 
     Raises:
@@ -318,7 +320,7 @@ def check_weights(own: Mapping[str, torch.Size], weights: Mapping[str, Tensor], 
             f"file {tuple(weights[k].shape) if k in weights else 'none'})"
             for k in wrong[:3]
         )
-        raise UserError(f"{where} does not fit the model: {len(wrong)} entries differ: {shown}")
+        raise UserError(f"{where} does not fit {what}: {len(wrong)} entries differ: {shown}")
 
 
 def forward_with_maps(
