@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -196,7 +197,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     if arguments.slurm:
         return doctor.over_the_allocation([*filter(None, [arguments.config]), *arguments.overrides])
-    return doctor.doctor(arguments.config, arguments.overrides)
+    code = doctor.doctor(arguments.config, arguments.overrides)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # threads of the examination may still hold a collective
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _status(arguments: argparse.Namespace) -> int:
