@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from irkd_dist import __version__
-from irkd_dist.errors import EXIT_STOPPED, EXIT_USER, Stopped, UserError
+from irkd_dist.errors import EXIT_STOPPED, EXIT_USER, Lost, Stopped, UserError, place
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for the user's errors, 75 when asked to stop, 130 interrupted."""
+    """Run one command and return its exit code.
+
+    0, 1 if another process of the run is gone, 2 for the user's errors, 75 when asked to stop, 130 when interrupted.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     overrides = [text for text in rest if "=" in text]
@@ -24,9 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.call(arguments)
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"irkd: error: {line}", file=sys.stderr)
+        said = os.environ.get("LOCAL_RANK", "0") != "0" if error.said is None else error.said
+        for line in str(error).splitlines() if not said else ():
+            print(f"irkd: {place()}error: {line}", file=sys.stderr)
         return EXIT_USER
+    except Lost as error:
+        print(f"irkd: {error}", file=sys.stderr)
+        return 1
     except Stopped:
         return EXIT_STOPPED  # the run has said why
     except OSError as error:
@@ -35,6 +45,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("irkd: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _imports() -> Iterator[None]:
+    """Import without garbage collection: torch's modules are gone through again and again, a third of the start."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # modules stay; later collections need not look at them either
+        gc.enable()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -148,9 +169,10 @@ def _command(commands: argparse._SubParsersAction, name: str, what: str) -> argp
 
 
 def _render(arguments: argparse.Namespace) -> int:
-    from irkd_dist.data import render
-    from irkd_dist.data.sources import open_source
-    from irkd_dist.training.tracking import count_bar
+    with _imports():
+        from irkd_dist.data import render
+        from irkd_dist.data.sources import open_source
+        from irkd_dist.training.tracking import count_bar
 
     resolutions = _numbers(arguments.resolutions, "--resolutions")
     options = render.Options(
@@ -186,23 +208,20 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.print_folder:
         print(config.folder_of(loaded))
         return 0
-    from irkd_dist.training.train import train
+    with _imports():
+        from irkd_dist.training.train import train
 
     train(loaded)
     return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from irkd_dist import doctor
+    with _imports():
+        from irkd_dist import doctor
 
     if arguments.slurm:
         return doctor.over_the_allocation([*filter(None, [arguments.config]), *arguments.overrides])
-    code = doctor.doctor(arguments.config, arguments.overrides)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # threads of the examination may still hold a collective
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return doctor.doctor(arguments.config, arguments.overrides)
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -220,7 +239,8 @@ def _requeue(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from irkd_dist import evaluate
+    with _imports():
+        from irkd_dist import evaluate
 
     resolutions = list(_numbers(arguments.resolutions, "--resolutions")) if arguments.resolutions else None
     result = evaluate.evaluate(
@@ -235,14 +255,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from irkd_dist import report
+    with _imports():
+        from irkd_dist import report
 
     print(report.write(arguments.runs, arguments.out))
     return 0
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from irkd_dist import study
+    with _imports():
+        from irkd_dist import study
 
     command = " ".join(["irkd study", str(arguments.study), *arguments.overrides])
     command += f" --out {arguments.out}" if arguments.out else ""
@@ -251,7 +273,8 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from irkd_dist import demo
+    with _imports():
+        from irkd_dist import demo
 
     demo.demo(arguments.out)
     return 0
