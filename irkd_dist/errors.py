@@ -1,4 +1,7 @@
-"""How a command ends other than well: each is printed as a single line."""
+"""How a command ends other than well: each is printed as a single line, once for all processes of a run."""
+
+import os
+import socket
 
 EXIT_USER, EXIT_STOPPED = 2, 75  # 75: EX_TEMPFAIL, try again later
 
@@ -9,10 +12,25 @@ class UserError(Exception):
     The message names the value, where it came from and what would be right.
     """
 
+    said: bool | None = (
+        None  # another process has printed it; None: not known, then one on each host prints it
+    )
+
 
 class Superseded(UserError):
     """Another start of the same run has taken over its folder."""
 
 
+class Lost(Exception):
+    """Another process of the run is gone; exit code 1. The message is what that one said, if it could."""
+
+
 class Stopped(Exception):
     """A signal asked the run to stop, and its checkpoint is written; exit code 75. The same command goes on."""
+
+
+def place() -> str:
+    """`[rank 3 on node-b] ` in one of several processes, else nothing: who prints a line."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ""
+    return f"[rank {os.environ.get('RANK')} on {socket.gethostname()}] "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore  # torch.distributed exports it without a type
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from irkd_dist.errors import Stopped, UserError
+from irkd_dist.errors import Lost, Stopped, UserError
 
 # words in errors that gloo raises when another process is gone
 COMMUNICATION = (
@@ -28,6 +29,8 @@ COMMUNICATION = (
     "Broken pipe",
     "Socket closed",
 )
+
+AGAIN = "the same command goes on from the last checkpoint"
 
 
 class Place(Protocol):
@@ -108,6 +111,28 @@ def agree(place: Place, facts: dict[str, Any]) -> None:
         )
 
 
+def first_to_say(place: Place, message: str) -> bool:
+    """Whether no other process of this start has come with the same message: one line for 64 ranks, not 64."""
+    if place.world == 1:
+        return True
+    start = f"{os.environ.get('TORCHELASTIC_RUN_ID')}-{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    try:
+        store = PrefixStore(f"irkd-said-{start}", _store(5.0))
+        return store.add(hashlib.sha256(message.encode()).hexdigest(), 1) == 1
+    except (RuntimeError, dist.DistError):
+        return True  # the process that kept the store is gone
+
+
+def _store(timeout_s: float) -> Store:
+    """The launcher's store, over a connection of its own: the training's one may be waiting in a collective."""
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
 # ---- requests: a signal asks, the loop answers at the next step boundary
 
 
@@ -148,8 +173,8 @@ class Watch:
     for any number of processes. A stopped or vanished process has no beat, one that waits in a collective has; so the
     message names the right one, `timeout_s` after its last sign of life.
 
-    A process that fails with an error of its own says so before it goes, and the others print that instead of what
-    they meet when it is gone.
+    A process that fails with an error of its own says so before it goes. The others print that, and not what they
+    meet when it is gone: leaving with an error of the communication becomes `Lost`.
 
     Args:
         place: this process.
@@ -160,7 +185,8 @@ class Watch:
     def __init__(self, place: Place, timeout_s: float, session: str) -> None:
         self.step = 0  # shown in messages; the loop sets it
         self._session = session
-        self._farewell: tuple[str, str] | None = ("beat", "left")
+        self._farewell = {self._key(place.rank): "left"}  # written to the store at the end
+        self._dead = ""  # what ended the run, as the process said that knew
         self._place, self._timeout = place, timeout_s
         self._interval = min(max(timeout_s / 20, 0.05), 2.0)
         self._ended = threading.Event()
@@ -174,20 +200,30 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if error is not None and not isinstance(error, (UserError, Stopped)):
-            told = (str(error).splitlines() or [""])[0]
-            # an error of the communication is most likely the end of another process: that one is the news
-            own = not isinstance(error, dist.DistError) and not any(w in told for w in COMMUNICATION)
-            self._farewell = (
-                ("dead", f"{name(self._place)} failed: {type(error).__name__}: {told}") if own else None
-            )
+        told = (str(error or "").splitlines() or [""])[0]
+        # an error of the communication is most likely the end of another process: that one is the news
+        lost = isinstance(error, dist.DistError) or any(w in told for w in COMMUNICATION)
+        if isinstance(error, UserError):
+            # of every process alike, most likely: each ends by itself, and those that do not are told after a while
+            message = f"{name(self._place)} failed: {told}"
+            self._farewell = {self._key(self._place.rank): f"failed/{self.step}/{message}", "failed": message}
+        elif error is not None and not isinstance(error, Stopped):
+            message = f"{name(self._place)} failed: {type(error).__name__}: {told}"
+            self._farewell = {} if lost else {"dead": message}
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(timeout=self._timeout)
+        if error is not None and lost and not isinstance(error, UserError):
+            raise Lost(
+                f"{name(self._place)}: {self._dead or f'lost the other processes ({told})'}; ending here, {AGAIN}"
+            ) from error
 
     def _run(self) -> None:
-        store = self._store() if self._place.world > 1 else None
-        beat, heard, last, said, dead = 0, time.monotonic(), "", "", ""
+        # the same timeout for its own requests: a host that does not answer for so long is gone
+        store = None
+        if self._place.world > 1:
+            store = PrefixStore(f"irkd-watch-{self._session}", _store(max(self._timeout, 5.0)))
+        beat, heard, last, said = 0, time.monotonic(), "", ""
         while not self._ended.wait(self._interval):
             if self._launched and os.getppid() != self._parent:
                 self._end("its launcher is gone")
@@ -197,7 +233,7 @@ class Watch:
             try:
                 store.set(self._key(self._place.rank), f"{beat}/{self.step}/{name(self._place)}")
                 said = self._read(store, self._key((self._place.rank + 1) % self._place.world))
-                dead = self._read(store, "dead")
+                self._dead = self._read(store, "dead")
             except (RuntimeError, dist.DistError) as error:
                 if self._ended.is_set():
                     return
@@ -208,27 +244,19 @@ class Watch:
             now = time.monotonic()
             if said != last:
                 heard, last = now, said
-            if dead:
-                self._end(dead)
+            if self._dead:
+                self._end(self._dead)
             if last and last != "left" and now - heard > self._timeout:
-                _, step, who = last.split("/", 2)
-                message = f"{who} has been silent for {now - heard:.0f} s (it was at step {step})"
+                beats, step, who = last.split("/", 2)
+                silent = f"{who} has been silent for {now - heard:.0f} s (it was at step {step})"
+                message = who if beats == "failed" else silent
                 store.set("dead", message)
                 self._end(message)
-        if store is not None and self._farewell is not None:
-            key, text = self._farewell
-            with suppress(RuntimeError, dist.DistError):
-                store.set(self._key(self._place.rank) if key == "beat" else key, text)
-
-    def _store(self) -> Store:
-        # a connection of its own: the training's one may be waiting in a collective
-        store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=max(self._timeout, 5.0)),
-        )
-        return PrefixStore(f"irkd-watch-{self._session}", store)
+        with suppress(RuntimeError, dist.DistError):
+            if store is not None:
+                for key, text in self._farewell.items():
+                    store.set(key, text)
+                self._dead = self._read(store, "dead") or self._read(store, "failed")
 
     def _key(self, rank: int) -> str:
         return f"beat/{rank}"
@@ -239,7 +267,7 @@ class Watch:
 
     def _end(self, why: str) -> None:
         print(
-            f"irkd: {name(self._place)}: {why}; ending here, the same command goes on from the last checkpoint",
+            f"irkd: {name(self._place)}: {why}; ending here, {AGAIN}",
             file=sys.stderr,
             flush=True,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -67,6 +68,8 @@ class Engine:
         return self.module
 
     def _wrap(self, distiller: Distiller, accumulate: int) -> nn.Module:
+        # of a class token, [1, 1, width], whose strides mean nothing
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         return self.accelerator.prepare_model(distiller)
 
     def inner_grad_context(self, model: nn.Module) -> Callable[[], AbstractContextManager[object]]:

@@ -2,10 +2,10 @@
 
 `IRKD_FAULT=kind@point:step[:rank]`, several joined by commas; each happens once.
 
-Kinds: sigkill, sigterm, sigusr1, sigstop (of this process), nospace (files may no longer grow), nan and inf (of the
-loss), differ (of a learning rate). Points: `step` before a step, `loss` after its forward, `write` in the middle of a
-checkpoint's files, `transition` between a transition and its checkpoint, `reset` before the moments are forgotten,
-`decision` when a stage is entered.
+Kinds: sigkill, sigterm, sigusr1, sigstop (of this process), nospace (files may no longer grow), bug (an error of the
+program), input (an error of the user), nan and inf (of the loss), differ (of a learning rate). Points: `step` before a
+step, `loss` after its forward, `write` in the middle of a checkpoint's files, `transition` between a transition and its
+checkpoint, `reset` before the moments are forgotten, `decision` when a stage is entered.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+
+from irkd_dist.errors import UserError
 
 KINDS = {
     "sigkill": signal.SIGKILL,
@@ -38,6 +40,10 @@ def inject(point: str, step: int, rank: int | None = None) -> list[str]:
         elif kind == "nospace":
             # Python ignores SIGXFSZ: the write fails instead of the process
             resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+        elif kind == "bug":
+            raise RuntimeError(f"a bug on purpose at {where}")
+        elif kind == "input":
+            raise UserError(f"an image that cannot be read on purpose at {where}")
         else:
             left.append(kind)
     return left

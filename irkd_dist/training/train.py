@@ -80,6 +80,7 @@ def train(config: Config) -> dict[str, Any]:
     except Superseded:
         raise  # the folder is another's
     except UserError as error:
+        error.said = not distributed.first_to_say(engine, str(error))
         if engine.main and folder.is_dir():
             runs.write_status(folder, "failed", reached, engine.world, str(error))
         raise

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -135,6 +136,39 @@ def test_a_rank_that_differs_stops_the_run_and_is_named(config: Path) -> None:
     assert done.code != 0
     assert "the processes no longer agree: rank 1 (" in done.text
     assert "has lr=0.0006, rank 0 has 0.0003" in done.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("bug", "RuntimeError: a bug on purpose at step:5:1"),
+        ("input", "an image that cannot be read on purpose"),
+    ],
+)
+def test_a_crash_prints_the_failing_ranks_error_and_no_neighbours_noise(
+    config: Path, kind: str, said: str
+) -> None:
+    done = strike(config, f"crash-{kind}", 3, Fault(kind, f"{kind}@step:5:1"))
+    assert done.code != 0
+    lines = done.text.splitlines()
+    host = re.escape(socket.gethostname())
+    own = [line for line in lines if re.search(rf"\[rank 1 on {host}\] .*{said}", line)]
+    assert len(own) == 1, done.text  # its own error, once, with its place
+    for rank in (0, 2):
+        told = [line for line in lines if line.startswith(f"irkd: rank {rank} (")]
+        assert len(told) == 1, done.text
+        assert re.search(rf"rank 1 \({host}, process \d+\) failed: .*{said}", told[0])
+    assert "Connection" not in done.text  # what the others met when it was gone
+    assert not re.search(r"\[rank [02] on .*Traceback", done.text)
+    if kind == "bug":  # the launcher's summary has it too
+        assert said in done.text.split("Root Cause")[1]
+
+
+def test_an_error_of_all_ranks_is_printed_once(config: Path) -> None:
+    text = finish(start(config, "alike", 3, "data.shards=/nowhere")).text
+    assert text.count("error:") == 1, text
+    text = finish(start(config, "alike", 3, "optim.lrr=1")).text  # found before the processes know each other
+    assert len(re.findall(r"irkd: \[rank 0 on .*\] error: .*lrr", text)) == 1, text
 
 
 def test_decisions_taken_before_a_restart_are_replayed_on_another_world(config: Path) -> None:
