@@ -167,11 +167,13 @@ class StopRequests:
 
 
 class Watch:
-    """A thread in each process that ends the process when another one is silent, or its launcher is gone.
+    """Ends the process when another one is silent, the launcher's store does not answer, or the launcher is gone.
 
     Each process writes its beat to the launcher's store and reads its right neighbour's: three small requests a beat,
     for any number of processes. A stopped or vanished process has no beat, one that waits in a collective has; so the
     message names the right one, `timeout_s` after its last sign of life.
+
+    One thread talks to the store. A request over a cut cable never comes back, so another thread looks at the clock.
 
     A process that fails with an error of its own says so before it goes. The others print that, and not what they
     meet when it is gone: leaving with an error of the communication becomes `Lost`.
@@ -192,11 +194,14 @@ class Watch:
         self._ended = threading.Event()
         self._parent = os.getppid()
         self._launched = "TORCHELASTIC_RUN_ID" in os.environ or "MASTER_ADDR" in os.environ
-        self._thread = threading.Thread(target=self._run, name="irkd-watch", daemon=True)
+        self._answered = time.monotonic()  # when the store did so last
+        threads = [self._guard] if self._launched or place.world > 1 else []
+        threads += [self._talk] if place.world > 1 else []
+        self._threads = [threading.Thread(target=t, name="irkd-watch", daemon=True) for t in threads]
 
     def __enter__(self) -> Watch:
-        if self._launched or self._place.world > 1:
-            self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -211,52 +216,56 @@ class Watch:
             message = f"{name(self._place)} failed: {type(error).__name__}: {told}"
             self._farewell = {} if lost else {"dead": message}
         self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=self._timeout)
+        for thread in self._threads:
+            thread.join(timeout=self._timeout)
         if error is not None and lost and not isinstance(error, UserError):
             raise Lost(
                 f"{name(self._place)}: {self._dead or f'lost the other processes ({told})'}; ending here, {AGAIN}"
             ) from error
 
-    def _run(self) -> None:
-        # the same timeout for its own requests: a host that does not answer for so long is gone
-        store = None
-        if self._place.world > 1:
-            store = PrefixStore(f"irkd-watch-{self._session}", _store(max(self._timeout, 5.0)))
-        beat, heard, last, said = 0, time.monotonic(), "", ""
+    def _guard(self) -> None:
         while not self._ended.wait(self._interval):
             if self._launched and os.getppid() != self._parent:
                 self._end("its launcher is gone")
-            if store is None:
-                continue
+            silent = time.monotonic() - self._answered
+            if self._place.world > 1 and silent > max(self._timeout, 5.0):
+                self._end(f"{self._store_name()} has not answered for {silent:.0f} s")
+
+    def _talk(self) -> None:
+        store = PrefixStore(f"irkd-watch-{self._session}", _store(max(self._timeout, 5.0)))
+        right = (self._place.rank + 1) % self._place.world
+        beat, heard, said = 0, time.monotonic(), ""
+        last = f"0/0/rank {right}"  # until it says more
+        while not self._ended.is_set():
             beat += 1
             try:
                 store.set(self._key(self._place.rank), f"{beat}/{self.step}/{name(self._place)}")
-                said = self._read(store, self._key((self._place.rank + 1) % self._place.world))
+                said = self._read(store, self._key(right)) or last
                 self._dead = self._read(store, "dead")
             except (RuntimeError, dist.DistError) as error:
                 if self._ended.is_set():
                     return
-                reason = str(error).splitlines()[0]
-                self._end(
-                    f"the launcher's store on {os.environ.get('MASTER_ADDR')} does not answer: {reason}"
-                )
-            now = time.monotonic()
+                self._end(f"{self._store_name()} does not answer: {str(error).splitlines()[0]}")
+            now = self._answered = time.monotonic()
             if said != last:
                 heard, last = now, said
             if self._dead:
                 self._end(self._dead)
-            if last and last != "left" and now - heard > self._timeout:
+            if last != "left" and now - heard > self._timeout:
                 beats, step, who = last.split("/", 2)
                 silent = f"{who} has been silent for {now - heard:.0f} s (it was at step {step})"
                 message = who if beats == "failed" else silent
                 store.set("dead", message)
                 self._end(message)
+            self._ended.wait(self._interval)
         with suppress(RuntimeError, dist.DistError):
-            if store is not None:
-                for key, text in self._farewell.items():
-                    store.set(key, text)
-                self._dead = self._read(store, "dead") or self._read(store, "failed")
+            for key, text in self._farewell.items():
+                store.set(key, text)
+            self._dead = self._read(store, "dead") or self._read(store, "failed")
+
+    @staticmethod
+    def _store_name() -> str:
+        return f"the launcher's store on {os.environ.get('MASTER_ADDR')}"
 
     def _key(self, rank: int) -> str:
         return f"beat/{rank}"
