@@ -8,6 +8,7 @@ every sample once. Prints a table and a line of counts; exits with 1 if anything
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -38,6 +39,10 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+MARK = "IRKD_STARTED_AS"  # environment variable
+_marks, _mark_of = itertools.count(), dict[int, str]()
+
+
 @dataclass(frozen=True)
 class Fault:
     """One thing that goes wrong: by IRKD_FAULT inside the run, or by what is done to it from outside."""
@@ -66,38 +71,47 @@ def start(
         "-m", "torch.distributed.run", "--standalone", "--monitor-interval=0.1", f"--nproc-per-node={world}",
     ]  # fmt: skip
     command = [sys.executable, *(launcher if world > 1 else []), *train]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PET_SHUTDOWN_TIMEOUT": "3", **(env or {})}
-    return subprocess.Popen(
+    return launch(command, env or {})
+
+
+def launch(command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
+    """Start a program whose processes `members` finds again, however deep and in whatever session."""
+    mark = f"{os.getpid()}-{next(_marks)}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PET_SHUTDOWN_TIMEOUT": "3", **env, MARK: mark}
+    process = subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
+    _mark_of[process.pid] = mark
+    return process
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 60) -> Outcome:
-    """Wait for the launcher and count the processes it leaves behind."""
-    began = time.monotonic()
+    """Wait for the launcher, and count and kill the processes it leaves behind; at the time-out it is one of them."""
+    began, text, late = time.monotonic(), "", ""
     try:
         text, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        text, _ = process.communicate()
-        text += f"\nno end after {timeout} s"
-    orphans = members(process.pid)
+        late = f"\nno end after {timeout} s"
+    orphans = members(process)
     for pid in orphans:
-        os.kill(pid, signal.SIGKILL)
-    return Outcome(process.returncode, text, time.monotonic() - began, len(orphans))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    if late:
+        text, _ = process.communicate()
+    return Outcome(process.returncode, text + late, time.monotonic() - began, len(orphans))
 
 
-def members(session: int) -> list[int]:
-    """Live processes of a session."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+def members(process: subprocess.Popen[str]) -> list[int]:
+    """Live processes that a launched program has started, itself included."""
+    found, mark = [], f"{MARK}={_mark_of[process.pid]}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            if state != "Z" and mark in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
         except OSError:
             continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(stat.parent.name))
     return found
 
 
@@ -115,7 +129,7 @@ def strike(config: Path, name: str, world: int, fault: Fault, *more: str) -> Out
         time.sleep(0.02)
     process.kill()
     began = time.monotonic()
-    while members(process.pid) and time.monotonic() - began < 20:
+    while members(process) and time.monotonic() - began < 20:
         time.sleep(0.1)
     return finish(process)
 

@@ -30,7 +30,8 @@ def announce(job: Job, position: Position, skipped: list[str], tracker: Tracker)
         tracker.say(note)
     tracker.event(
         "start" if fresh else "resume", position.step, world=job.engine.world, device=str(job.engine.device),
-        precision="bf16" if job.engine.autocast else "fp32", torch=torch.__version__, skipped=skipped, notes=job.notes,
+        precision="bf16" if job.engine.autocast else "fp32", parameters=parameter_count(job.student),
+        torch=torch.__version__, skipped=skipped, notes=job.notes,
         position=asdict(position.curriculum),
     )  # fmt: skip
 

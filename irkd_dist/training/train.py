@@ -74,8 +74,10 @@ def train(config: Config) -> dict[str, Any]:
             summary = _train(run)
             if engine.main:
                 runs.write_status(folder, "finished", run.position.step, engine.world)
+        distributed.barrier(engine)  # without torchrun rank 0 keeps the store: it leaves last
         return summary
     except Stopped:
+        distributed.barrier(engine)
         raise
     except Superseded:
         raise  # the folder is another's

@@ -52,6 +52,7 @@ SlurmdTimeout=6
 SlurmctldTimeout=6
 KillWait=20
 MinJobAge=300
+FirstJobId={first_job}
 UnkillableStepTimeout=30
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
@@ -90,7 +91,13 @@ class Cluster:
         (self.folder / "state").mkdir()
         (self.folder / "slurm.conf").write_text(
             CONF.format(
-                host=host, controller_port=ports[0], user=getpass.getuser(), folder=self.folder, nodes=nodes
+                host=host,
+                controller_port=ports[0],
+                user=getpass.getuser(),
+                folder=self.folder,
+                nodes=nodes,
+                first_job=1
+                + os.getpid() % 10000,  # our ports follow from it: two clusters on one machine differ
             )
         )
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")

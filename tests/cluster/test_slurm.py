@@ -155,7 +155,7 @@ def test_elastic_goes_on_with_fewer_nodes_and_requeues_without_the_first(
     submit: Submit, cluster: Cluster
 ) -> None:
     cluster.wait_nodes()
-    rendezvous = "last_call_timeout=10,keep_alive_interval=2,keep_alive_max_attempt=2"
+    rendezvous = "last_call_timeout=5,keep_alive_interval=2,keep_alive_max_attempt=5"
     job = submit(
         "elastic", "--nodes=2-3", "--no-kill", train=[FOREVER], IRKD_MIN_NODES="2", IRKD_RDZV=rendezvous
     )

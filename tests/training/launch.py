@@ -1,10 +1,11 @@
-"""Start real training processes, as a user would; used by the tests beside it."""
+"""Start real training processes; used by the tests beside it."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from irkd_dist.training.tracking import read_events
@@ -21,10 +22,33 @@ STUDENT = {
 def irkd(
     *arguments: str, world: int = 1, env: dict[str, str] | None = None, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """Run `irkd ...`, under `accelerate launch` for a world above 1; one thread a process, so sums are alike."""
-    if world > 1:
-        return launch_engine("ddp", world, *arguments, env=env, check=check)
-    return _run([sys.executable, "-m", "irkd_dist", *arguments], env, check)
+    """Run `irkd ...` in so many processes."""
+    return spawn(world, "irkd_dist", *arguments, env=env, check=check)
+
+
+def spawn(
+    world: int, module: str, *arguments: str, env: dict[str, str] | None = None, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run a module in every rank, without a launcher: that takes 4 s; one thread a process, so sums are alike.
+
+    Returns:
+        What all printed, and the exit code of the first rank that has one.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    if world == 1:
+        return _run(command, env, check)
+    place = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    place["MASTER_PORT"] = str(_free_port())
+    with ThreadPoolExecutor(world) as pool:
+        ranks = [
+            pool.submit(_run, command, {**(env or {}), **place, "RANK": str(r), "LOCAL_RANK": str(r)}, check)
+            for r in range(world)
+        ]
+    done = [rank.result() for rank in ranks]
+    code = next((d.returncode for d in done if d.returncode), 0)
+    return subprocess.CompletedProcess(
+        command, code, "".join(d.stdout for d in done), "".join(d.stderr for d in done)
+    )
 
 
 def launch_engine(

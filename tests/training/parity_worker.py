@@ -119,3 +119,4 @@ def main(engine: str, teacher: str, shards: str, out: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]))
+    os._exit(0)  # taking the interpreter apart takes a second and a half

@@ -1,9 +1,6 @@
 """Every engine against the single process: gradients, losses, weights, and checkpoints that belong to none of them."""
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import torch
 from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
 from irkd_dist.training import checkpoint, engines
-from tests.training.launch import REPOSITORY, irkd, launch_engine, losses
+from tests.training.launch import REPOSITORY, irkd, launch_engine, losses, spawn
 from tests.training.parity_worker import CASES
 
 # ddp is in test_worlds
@@ -45,14 +42,7 @@ def folder(shapes: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
 def compute(folder: Path, engine: str, world: int, shapes: Path, teacher: Path) -> dict:
     file = folder / f"{engine}-{world}.pt"
     if not file.exists():
-        done = subprocess.run(
-            [
-                sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", "--standalone",
-                "-m", "tests.training.parity_worker", engine, str(teacher), str(shapes), str(folder),
-            ],
-            cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-4000:]
+        spawn(world, "tests.training.parity_worker", engine, str(teacher), str(shapes), str(folder))
     return torch.load(file)
 
 
@@ -137,13 +127,13 @@ def test_any_engine_goes_on_from_any_others_checkpoint(
     name = f"{saved_by}-{world}-{resumed_by}-{new_world}"
     arguments = ["train", str(folder / "student.yaml"), f"name={name}", *TWENTY, *more]
     stop = {"IRKD_FAULT": f"sigterm@step:13:{world - 1}"}
-    stopped = launch_engine(saved_by, world, *arguments, env=stop, check=False)
+    stopped = irkd(*arguments, f"engine={saved_by}", world=world, env=stop, check=False)
     assert "stopped at step 14 (rank" in stopped.stdout
     assert "SIGTERM" in stopped.stdout
     assert checkpoint.newest(folder / name / "checkpoints")[
         0
     ] == folder / name / "checkpoints" / checkpoint.name(14)
-    launch_engine(resumed_by, new_world, *arguments)
+    irkd(*arguments, f"engine={resumed_by}", world=new_world)
     told, expected = losses(folder / name), losses(unbroken(saliency))
     assert [e["step"] for e in told] == list(range(1, 21))
     for a, b in zip(expected, told, strict=True):

@@ -1,14 +1,11 @@
 """One, two, three and four processes: the same global batches, augmentations, losses and gradients."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.training.launch import REPOSITORY, irkd, losses
+from tests.training.launch import irkd, losses, spawn
 from tests.training.parity_worker import CASES
 
 
@@ -22,14 +19,7 @@ def worlds(shapes: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
     # at initialisation attention is uniform, maps are nearly flat, and min-max enlarges rounding twentyfold
     irkd("train", str(out / "student.yaml"), "name=warm", "optim.lr=3e-3")
     for world in (1, 2, 3, 4):
-        done = subprocess.run(
-            [
-                sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", "--standalone",
-                "-m", "tests.training.parity_worker", "ddp", str(teacher), str(shapes), str(out),
-            ],
-            cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-4000:]
+        spawn(world, "tests.training.parity_worker", "ddp", str(teacher), str(shapes), str(out))
     return {world: torch.load(out / f"ddp-{world}.pt") for world in (1, 2, 3, 4)}
 
 
