@@ -35,7 +35,7 @@ LINKS: list[tuple[float, float | None]] = [  # one-way latency in ms, Mbit/s
 ]  # fmt: skip
 CONFIG = """
 data: {{batch: {batch}, shards: {shards}}}
-student: {{name: vit_tiny_patch16_224, patch: 4}}
+student: {{name: vit_tiny, patch: 4}}
 fixed: {{resolution: 32, epochs: 100000}}
 precision: bf16
 rank_timeout_s: 120

@@ -6,6 +6,7 @@ import argparse
 import gc
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.call(arguments)
     except UserError as error:
-        said = os.environ.get("LOCAL_RANK", "0") != "0" if error.said is None else error.said
-        for line in str(error).splitlines() if not said else ():
+        if error.said or (error.said is None and os.environ.get("LOCAL_RANK", "0") != "0"):
+            # leave it to the one that says it: then the launcher ends all. If it does not, say it too
+            time.sleep(5)
+        for line in str(error).splitlines() if not error.said else ():
             print(f"irkd: {place()}error: {line}", file=sys.stderr)
         return EXIT_USER
     except Lost as error:

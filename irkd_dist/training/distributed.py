@@ -30,6 +30,8 @@ COMMUNICATION = (
     "Socket closed",
 )
 
+# between hearing of another process's failure and ending: it is the one that its launcher is to see first
+GRACE_S = 2.0
 AGAIN = "the same command goes on from the last checkpoint"
 
 
@@ -219,6 +221,7 @@ class Watch:
         for thread in self._threads:
             thread.join(timeout=self._timeout)
         if error is not None and lost and not isinstance(error, UserError):
+            time.sleep(GRACE_S)
             raise Lost(
                 f"{name(self._place)}: {self._dead or f'lost the other processes ({told})'}; ending here, {AGAIN}"
             ) from error
@@ -250,6 +253,7 @@ class Watch:
             if said != last:
                 heard, last = now, said
             if self._dead:
+                time.sleep(GRACE_S)
                 self._end(self._dead)
             if last != "left" and now - heard > self._timeout:
                 beats, step, who = last.split("/", 2)

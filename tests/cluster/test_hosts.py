@@ -67,8 +67,10 @@ def torchrun(first: Host, host: Host, *train: str, log: str = "log") -> Program:
         sys.executable, "-m", "torch.distributed.run", "--nnodes=2:3", "--nproc-per-node=1", "--max-restarts=20",
         "--rdzv-backend=c10d", f"--rdzv-endpoint={first.address}:{PORT + 1}", "--rdzv-id=elastic",
         "--rdzv-conf=last_call_timeout=2,join_timeout=120,read_timeout=8,keep_alive_interval=2,keep_alive_max_attempt=5",
-        "--monitor-interval=0.2", "-m", "irkd_dist", "train", *train,
+        "--monitor-interval=0.2", f"--log-dir={host.logs}/ranks", "--redirects=3", "--tee=3",
+        "-m", "irkd_dist", "train", *train,
         log=log, PET_SHUTDOWN_TIMEOUT="5", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+        TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=f"[{host.name} rank ${{rank}}] ",
     )  # fmt: skip
 
 
@@ -171,7 +173,9 @@ def test_torchrun_goes_on_without_the_host_that_is_cut_off_and_with_it_again(
     three[2].cut()
     try:
         training(run, 2, 90, *agents)
-        assert "store on alpha has not answered for" in agents[2].text()  # its rank has ended
+        # its rank has ended; each line with node and rank
+        said = r"^\[gamma rank 2\] irkd: rank 2 \(gamma, .*store on alpha has not answered for"
+        assert re.search(said, agents[2].text(), re.MULTILINE), agents[2].text()
         # its torchrun waits for the cable, and would then close the rendezvous for all: a host that was lost is to be
         # cleared before it comes again, as its reboot or its scheduler does
         three[2].clear()

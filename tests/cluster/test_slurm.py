@@ -44,6 +44,13 @@ def test_two_nodes_train_to_the_end(submit: Submit) -> None:
     assert logs == {"node1/0", "node1/1", "node2/0", "node2/1"}
 
 
+def test_the_doctor_examines_every_node_of_an_allocation(cluster: Cluster, folder: Path) -> None:
+    doctor = [sys.executable, "-m", "irkd_dist", "doctor", "--slurm", str(folder / "tiny.yaml")]
+    said = cluster.run("salloc", "--nodes=2", "--ntasks-per-node=1", *doctor, cwd=REPOSITORY)
+    assert "2 processes announced" in said
+    assert re.search(r"^ready \(\d+ s\)$", said, re.MULTILINE), said
+
+
 @pytest.fixture
 def running(submit: Submit, cluster: Cluster) -> Job:
     """One job for all faults below, on two nodes; each leaves it running, or the next submits it anew."""

@@ -20,6 +20,8 @@ import yaml
 
 from irkd_dist import config
 from irkd_dist.training.tracking import read_events
+from tests.cluster.slurm import Cluster
+from tests.cluster.slurm import wait_for as poll
 from tests.cluster.wandb_server import WandbServer
 from tests.training.launch import REPOSITORY
 
@@ -274,6 +276,60 @@ def test_a_trial_that_the_server_ends_early_stops_all_processes_and_the_agent_go
     assert read_events(run)[-1]["event"] == "stop"
     assert steps_done(run) < 16000
     assert "failed" not in (tmp_path / "agent.log").read_text()
+    assert left_running(tmp_path) == []
+
+
+def test_two_agents_on_a_cluster_and_a_trial_that_meets_the_time_limit(
+    cluster: Cluster, server: WandbServer, ce: Path, tmp_path: Path
+) -> None:
+    """An array of two agents, trials of two processes; the one out of time goes on under its own id."""
+    cluster.wait_nodes()
+    (tmp_path / "agent.log").touch()
+    (tmp_path / "site.sh").write_text(f"python=({sys.executable})\n")
+    env = environment(server, tmp_path, IRKD_SITE=str(tmp_path / "site.sh"))
+    server.trials = [{"seed": 1, "curriculum.epochs": 100_000}, {"seed": 2}, {"seed": 3}]
+    sweep = make_sweep(tmp_path, env, [*TRIAL, str(ce), "${args_no_hyphens}"], "launchers/sweep_trial.py")
+    options = ["--array=1-2", "--ntasks-per-node=2", f"--output={tmp_path}/agent-%a.log"]
+    sbatch = ["sbatch", "--parsable", *options, "slurm/sweep.sbatch", sweep]
+    array = cluster.run(*sbatch, cwd=REPOSITORY, env=env).strip()
+    long = tmp_path / "runs" / "ce-seed1-trial0"
+
+    def state() -> str:
+        return "".join(f.read_text()[-3000:] for f in sorted(tmp_path.glob("agent-*"))) + cluster.status()
+
+    try:
+        poll(lambda: steps_done(long) >= 20, 90, "steps of the long trial", state)
+        poll(
+            lambda: [len(r.exit_codes) for r in server.runs.values()] == [0, 1, 1],
+            90,
+            "ends of the others",
+            state,
+        )
+        assert len(server.agents) == 2
+        shown = next(j for i in (1, 2) if (j := cluster.job(f"{array}_{i}"))["JobState"] == "RUNNING")
+        ran = cluster.run("squeue", "--noheader", f"--job={shown['JobId']}", "--format=%M").strip()
+        limit = int(ran.split(":")[0]) + 3  # less than the 180 s of --signal before the limit
+        cluster.run("scontrol", "update", f"JobId={shown['JobId']}", f"TimeLimit={limit}")
+        trial = server.runs["trial0"]
+        poll(lambda: trial.exit_codes == [75], 90, "checkpoint of the trial out of time", state)
+        stopped = steps_done(long)
+        cluster.wait_job(shown["JobId"], ("PENDING", "RUNNING"), 40, Restarts="1")
+        cluster.run("scontrol", "update", f"JobId={shown['JobId']}", "TimeLimit=60")
+
+        def resumed() -> list[int]:
+            cluster.hurry()
+            return [e["step"] for e in read_events(long) if e["event"] == "resume"]
+
+        poll(lambda: resumed() == [stopped], 90, "second turn", state)
+        trial.stop = True
+        cluster.wait_job(shown["JobId"], "COMPLETED", 90)
+    finally:
+        cluster.run("scancel", array, check=False)
+    assert trial.exit_codes == [75, 0]
+    assert trial.inits == 2
+    assert [r.exit_codes for r in server.runs.values()][1:] == [[0], [0]]
+    for folder in (tmp_path / "runs").iterdir():
+        assert {e["world"] for e in read_events(folder) if "world" in e} == {2}, folder
     assert left_running(tmp_path) == []
 
 
