@@ -119,8 +119,12 @@ def _cancelled() -> bool:
 
 
 def _end_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent dies, however it dies."""
+    """Have the kernel send SIGTERM to this process when its parent dies, however it dies.
+
+    And be deaf to submitit's signal: SLURM may send it to every process of the job, and it would end torchrun.
+    """
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    signal.signal(submitit.JobEnvironment()._usr_sig(), signal.SIG_IGN)
 
 
 def main() -> int:

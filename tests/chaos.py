@@ -322,7 +322,8 @@ def main() -> int:
             )
     print("\n| fault | injected | lost | mean seconds to the end of that start |\n|---|---|---|---|")
     for name, injected in sorted(soak.faults.items()):
-        print(f"| {name} | {injected} | {soak.lost[name]} | {soak.seconds[name] / injected:.1f} |")
+        seconds = f"{soak.seconds[name] / injected:.1f}" if soak.seconds[name] else "-"
+        print(f"| {name} | {injected} | {soak.lost[name]} | {seconds} |")
     for problem in soak.problems:
         print(problem)
     lost = sum(soak.lost.values())

@@ -26,9 +26,11 @@ def launch(
     env = {**(cluster.env if cluster else os.environ), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     # to a file: the local executor's controller goes on and holds a pipe open
     with (folder / f"{name}.said").open("w+") as said_to:
+        # SIGINT is ignored by whatever a shell starts with `&`, and submitit cancels its local jobs by it
         done = subprocess.run(
-            command, cwd=REPOSITORY, env=env, stdout=said_to, stderr=said_to, text=True, timeout=60
-        )
+            command, cwd=REPOSITORY, env=env, stdout=said_to, stderr=said_to, text=True, timeout=60,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
     done.stdout = (folder / f"{name}.said").read_text()
     assert not check or done.returncode == 0, done.stdout
     said = re.findall(r"^job (\S+): run folder (\S+), follow: tail -F (\S+)$", done.stdout, re.MULTILINE)

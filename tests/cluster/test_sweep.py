@@ -306,6 +306,13 @@ def test_two_agents_on_a_cluster_and_a_trial_that_meets_the_time_limit(
             state,
         )
         assert len(server.agents) == 2
+        # the other agent finds no trial left
+        poll(
+            lambda: "COMPLETED" in [cluster.job(f"{array}_{i}")["JobState"] for i in (1, 2)],
+            60,
+            "an end",
+            state,
+        )
         shown = next(j for i in (1, 2) if (j := cluster.job(f"{array}_{i}"))["JobState"] == "RUNNING")
         ran = cluster.run("squeue", "--noheader", f"--job={shown['JobId']}", "--format=%M").strip()
         limit = int(ran.split(":")[0]) + 3  # less than the 180 s of --signal before the limit
