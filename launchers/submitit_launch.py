@@ -113,7 +113,7 @@ def _cancelled() -> bool:
     """Whether SLURM ends the job for good or requeues it itself; it would start a cancelled job that is requeued."""
     if "SLURM_JOB_ID" not in os.environ:
         return False
-    command = ["squeue", "--noheader", f"--job={os.environ['SLURM_JOB_ID']}", "--format=%T %r"]
+    command = ["squeue", "--noheader", f"--job={submitit.JobEnvironment().job_id}", "--format=%T %r"]
     state = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return not (state.startswith("RUNNING") or state.endswith("TimeLimit"))
 

@@ -313,15 +313,15 @@ def test_two_agents_on_a_cluster_and_a_trial_that_meets_the_time_limit(
             "an end",
             state,
         )
-        shown = next(j for i in (1, 2) if (j := cluster.job(f"{array}_{i}"))["JobState"] == "RUNNING")
-        ran = cluster.run("squeue", "--noheader", f"--job={shown['JobId']}", "--format=%M").strip()
+        task = next(t for i in (1, 2) if cluster.job(t := f"{array}_{i}")["JobState"] == "RUNNING")
+        ran = cluster.run("squeue", "--noheader", f"--job={task}", "--format=%M").strip()
         limit = int(ran.split(":")[0]) + 3  # less than the 180 s of --signal before the limit
-        cluster.run("scontrol", "update", f"JobId={shown['JobId']}", f"TimeLimit={limit}")
+        cluster.run("scontrol", "update", f"JobId={task}", f"TimeLimit={limit}")
         trial = server.runs["trial0"]
         poll(lambda: trial.exit_codes == [75], 90, "checkpoint of the trial out of time", state)
         stopped = steps_done(long)
-        cluster.wait_job(shown["JobId"], ("PENDING", "RUNNING"), 40, Restarts="1")
-        cluster.run("scontrol", "update", f"JobId={shown['JobId']}", "TimeLimit=60")
+        cluster.wait_job(task, ("PENDING", "RUNNING"), 40, Restarts="1")
+        cluster.run("scontrol", "update", f"JobId={task}", "TimeLimit=60")
 
         def resumed() -> list[int]:
             cluster.hurry()
@@ -329,7 +329,7 @@ def test_two_agents_on_a_cluster_and_a_trial_that_meets_the_time_limit(
 
         poll(lambda: resumed() == [stopped], 90, "second turn", state)
         trial.stop = True
-        cluster.wait_job(shown["JobId"], "COMPLETED", 90)
+        cluster.wait_job(task, "COMPLETED", 90)
     finally:
         cluster.run("scancel", array, check=False)
     assert trial.exit_codes == [75, 0]
