@@ -24,11 +24,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from irkd_dist import checkpoint
 from irkd_dist.data import render
 from irkd_dist.data.sources import open_source
 from irkd_dist.distill import models
 from irkd_dist.distill.module import Distiller, Objective
-from irkd_dist.training import checkpoint, engines, optim
+from irkd_dist.training import engines, optim
 from irkd_dist.training.tracking import read_events
 
 

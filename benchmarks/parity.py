@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from irkd_dist.training import checkpoint
+from irkd_dist import checkpoint
 from tests import chaos
 from tests.training.launch import REPOSITORY, irkd, launch_engine, losses
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from irkd_dist import checkpoint, runs
 from irkd_dist import config as configuration
-from irkd_dist import runs
 from irkd_dist.data import shards
 from irkd_dist.data.loader import Loader
 from irkd_dist.distill import measure, models
 from irkd_dist.errors import UserError
-from irkd_dist.training import checkpoint, engines, setup
+from irkd_dist.training import engines, setup
 from irkd_dist.training.setup import Job
 from irkd_dist.training.tracking import summary_table
 

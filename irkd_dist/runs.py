@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from irkd_dist import checkpoint
 from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.data import shards
 from irkd_dist.distill import models
 from irkd_dist.errors import UserError
-from irkd_dist.training import checkpoint
 
 CONFIG, CHECKPOINTS, BEST = "config.yaml", "checkpoints", "best"
 STATUS, SAMPLES, SESSION = "status.json", "samples", "session"

@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from irkd_dist import checkpoint
 from irkd_dist.data import sampler
-from irkd_dist.training import checkpoint
 from irkd_dist.training.tracking import read_events, read_samples
 from tests.training.launch import REPOSITORY
 

@@ -50,3 +50,8 @@ def test_data_and_distill_know_nothing_of_training() -> None:
             assert not any(
                 n.startswith("irkd_dist.training") or n == "irkd_dist.config" for n in imports(file)
             ), file
+
+
+def test_run_folders_and_checkpoints_are_read_without_training() -> None:
+    for file in ("runs.py", "checkpoint.py", "faults.py", "config.py"):
+        assert not any(n.startswith("irkd_dist.training") for n in imports(PACKAGE / file)), file

@@ -11,13 +11,13 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from irkd_dist import checkpoint, runs
 from irkd_dist import config as configuration
-from irkd_dist import runs
 from irkd_dist.config import Config, Stage
 from irkd_dist.data import shards
 from irkd_dist.errors import UserError
 from irkd_dist.evaluate import RESULT
-from irkd_dist.training import checkpoint, panels
+from irkd_dist.training import panels
 from irkd_dist.training.tracking import EVENTS, read_events
 
 Event = dict[str, Any]

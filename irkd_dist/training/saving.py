@@ -6,10 +6,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from irkd_dist import runs
+from irkd_dist import checkpoint, runs
+from irkd_dist.checkpoint import Writer
 from irkd_dist.errors import UserError
-from irkd_dist.training import checkpoint, curriculum, distributed, setup
-from irkd_dist.training.checkpoint import Writer
+from irkd_dist.training import curriculum, distributed, setup
 from irkd_dist.training.setup import Job, Position
 from irkd_dist.training.tracking import Tracker
 

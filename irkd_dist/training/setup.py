@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from irkd_dist import __version__, runs
+from irkd_dist import __version__, checkpoint, runs
 from irkd_dist import config as configuration
 from irkd_dist.config import Config, Stage
 from irkd_dist.data import loader as loading
@@ -21,7 +21,7 @@ from irkd_dist.distill.measure import TappedModel
 from irkd_dist.distill.module import Distiller, Objective, Targets
 from irkd_dist.distill.teacher import Teacher, freeze
 from irkd_dist.errors import UserError
-from irkd_dist.training import checkpoint, curriculum, distributed, engines, optim
+from irkd_dist.training import curriculum, distributed, engines, optim
 from irkd_dist.training.engines import Engine
 
 

@@ -10,9 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from irkd_dist import faults
 from irkd_dist.data.loader import Batch
 from irkd_dist.distill.module import Targets
-from irkd_dist.training import distributed, faults, optim
+from irkd_dist.training import distributed, optim
 from irkd_dist.training.setup import Job, Position
 
 

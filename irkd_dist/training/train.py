@@ -12,19 +12,17 @@ from typing import Any
 
 import torch
 
+from irkd_dist import checkpoint, faults, runs
 from irkd_dist import config as configuration
-from irkd_dist import runs
 from irkd_dist.config import Config
 from irkd_dist.data import sampler
 from irkd_dist.data.loader import Loader
 from irkd_dist.errors import Stopped, Superseded, UserError
 from irkd_dist.training import (
     bookends,
-    checkpoint,
     curriculum,
     distributed,
     engines,
-    faults,
     metrics,
     optim,
     panels,

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from irkd_dist import checkpoint
 from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
-from irkd_dist.training import checkpoint, engines
+from irkd_dist.training import engines
 from tests.training.launch import REPOSITORY, irkd, launch_engine, losses, spawn
 from tests.training.parity_worker import CASES
 

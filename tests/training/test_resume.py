@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from irkd_dist.training import checkpoint
+from irkd_dist import checkpoint
 from irkd_dist.training.tracking import read_events
 from tests.training.launch import irkd
 

@@ -9,11 +9,11 @@ import torch
 import webdataset as wds
 from torch.nn import functional as F
 
+from irkd_dist import checkpoint, evaluate, runs
 from irkd_dist import config as configuration
-from irkd_dist import evaluate, runs
 from irkd_dist.data import sampler
 from irkd_dist.errors import UserError
-from irkd_dist.training import checkpoint, panels
+from irkd_dist.training import panels
 from irkd_dist.training.tracking import read_events, read_samples
 from irkd_dist.training.train import train
 

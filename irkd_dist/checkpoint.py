@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from irkd_dist import faults
 from irkd_dist.errors import UserError
-from irkd_dist.training import faults
 
 FORMAT_VERSION = 1
 STUDENT, OPTIMIZER, STATE = "student.safetensors", "optimizer.safetensors", "state.json"

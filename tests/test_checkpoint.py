@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from irkd_dist import checkpoint
 from irkd_dist.errors import UserError
-from irkd_dist.training import checkpoint
 
 
 def write(folder: Path, step: int) -> Path:
@@ -96,7 +96,7 @@ def limit_file_size() -> None:
 def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path) -> None:
     write(tmp_path, 1)
     script = (
-        "import sys, torch; from pathlib import Path; from irkd_dist.training import checkpoint as c\n"
+        "import sys, torch; from pathlib import Path; from irkd_dist import checkpoint as c\n"
         "from irkd_dist.errors import UserError\n"
         "try: c.save(Path(sys.argv[1]) / c.name(2), {'w': torch.ones(9999)}, {}, {})\n"
         "except UserError as e: print('refused:', e)\n"
