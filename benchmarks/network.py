@@ -4,6 +4,8 @@ The hosts are network namespaces of this machine (root, Debian's iproute2), one 
 is set by `tc tbf` on each host's interface, latency (one way) by a wire in user space that delays each frame, since
 not every kernel has `tc netem`. One run trains all the time while the network changes under it, in an order that
 differs from round to round; so a figure is the median of the steps of its windows, and the spread is over rounds.
+Linux's TCP sends slowly again after each pause, such as the compute of a step; two rows show it without
+(net.ipv4.tcp_slow_start_after_idle=0).
 
 What to read off is the time that a step takes longer: the compute of a step is this machine's, the communication is
 nearly only the network's. It is compared with the ring's arithmetic: each host sends 2 (n-1)/n of the gradient, 4
@@ -29,9 +31,11 @@ from irkd_dist.data.sources import open_source
 from tests.cluster.hosts import Host, Program, Wire, hosts, missing
 
 HOSTS, BATCH, PORT = ("alpha", "beta", "gamma"), 24, 29500
-LINKS: list[tuple[float, float | None]] = [  # one-way latency in ms, Mbit/s
-    (0, None), (0.1, None), (1, None), (5, None), (20, None),
-    (0.1, 1000), (0.1, 300), (0.1, 100), (5, 300),
+Link = tuple[float, float | None, bool]  # one-way latency in ms, Mbit/s, TCP starts slowly after each pause
+LINKS: list[Link] = [
+    (0, None, True), (0.1, None, True), (1, None, True), (5, None, True), (20, None, True),
+    (5, None, False), (20, None, False),
+    (0.1, 1000, True), (0.1, 300, True), (0.1, 100, True), (5, 300, True),
 ]  # fmt: skip
 CONFIG = """
 data: {{batch: {batch}, shards: {shards}}}
@@ -73,23 +77,25 @@ def steps(run: Path) -> list[tuple[float, float]]:
     return [(e["time"], e["seconds"]) for e in events if e["event"] == "train"]
 
 
-def measure(made: list[Host], wire: Wire, run: Path, rounds: int, seconds: float) -> dict[tuple, list[float]]:
+def measure(made: list[Host], wire: Wire, run: Path, rounds: int, seconds: float) -> dict[Link, list[float]]:
     """Seconds per step at each link, one median a round."""
-    found: dict[tuple, list[float]] = {link: [] for link in LINKS}
+    found: dict[Link, list[float]] = {link: [] for link in LINKS}
     dice = random.Random(0)
     for _ in range(rounds):
-        for latency, mbit in dice.sample(LINKS, len(LINKS)):
+        for link in dice.sample(LINKS, len(LINKS)):
+            latency, mbit, slow = link
             wire.delay = latency / 1000
             for host in made:
                 host.limit(mbit)
+                host.slow_start(slow)
             time.sleep(2)  # a step that saw both
             begin = time.time()
             while (
                 len(taken := [s for at, s in steps(run) if at > begin]) < 5 or time.time() < begin + seconds
             ):
                 time.sleep(0.2)
-            found[latency, mbit].append(statistics.median(taken[1:]))
-            print(f"  {latency} ms, {mbit or 'no limit'}: {found[latency, mbit][-1]:.3f} s", file=sys.stderr)
+            found[link].append(statistics.median(taken[1:]))
+            print(f"  {link}: {found[link][-1]:.3f} s", file=sys.stderr)
     return found
 
 
@@ -123,18 +129,19 @@ def main() -> None:
         f"ViT-Tiny/4 at 32 px, {millions:.2f} M parameters, global batch {BATCH}, bf16, 3 hosts, 1 process each, "
         f"{os.cpu_count()} cores for all; torch {version('torch')}, Python {platform.python_version()}\n"
     )
-    base = statistics.median(found[0, None])
+    base = statistics.median(found[0, None, True])
     # DDP's buckets: one of 1 MiB, the others of 25 MiB
     buckets = 1 + -(-max(state["parameters"] * 4 - 2**20, 0) // (25 * 2**20))
     print(
-        "| latency, one way | bandwidth | images/s | step | longer by | the ring's arithmetic | rounds: step |"
+        "| latency, one way | bandwidth | slow start after idle | images/s | step | longer by | the ring's arithmetic "
+        "| rounds: step |"
     )
-    print("|---|---|---|---|---|---|---|")
-    for (latency, mbit), medians in found.items():
+    print("|---|---|---|---|---|---|---|---|")
+    for (latency, mbit, slow), medians in found.items():
         middle = statistics.median(medians)
         bandwidth = f"{mbit:.0f} Mbit/s" if mbit else "not limited"
         print(
-            f"| {latency} ms | {bandwidth} | {BATCH / middle:.1f} | {middle:.3f} s "
+            f"| {latency} ms | {bandwidth} | {'yes' if slow else 'no'} | {BATCH / middle:.1f} | {middle:.3f} s "
             f"| {middle - base:+.3f} s | {expected(latency, mbit, state['parameters'], buckets):.3f} s "
             f"| {min(medians):.3f} to {max(medians):.3f} s |"
         )

@@ -78,6 +78,11 @@ class Host:
             ["tbf", "rate", f"{mbit}mbit", "burst", "128kb", "latency", "50ms"] if mbit else ["noqueue"]
         ))  # fmt: skip
 
+    def slow_start(self, on: bool) -> None:
+        """Whether TCP sends slowly again after each pause, as Linux does unless told otherwise."""
+        setting = f"echo {int(on)} > /proc/sys/net/ipv4/tcp_slow_start_after_idle"
+        _ip("netns", "exec", self.namespace, "sh", "-c", setting)
+
     def processes(self) -> list[int]:
         """Process ids that run on this host."""
         shown = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)
