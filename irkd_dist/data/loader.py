@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -65,7 +67,7 @@ class Batch:
     labels: Tensor  # (n,) int64
     targets: Tensor | None  # (n, K) float32 when mixed or smoothed
     weight: Tensor  # (n,) float32
-    positions: Tensor  # (n,) int64, place in the global batch
+    positions: Tensor  # (n,) int64, place in the global batch; on the CPU, where they are compared
     size: int
     full: Tensor | None  # (n, 3, R, R) float32: the same view at full resolution; `images` itself if R = r
     epoch: int
@@ -78,6 +80,7 @@ class Loader:
     augment None means evaluation: in order, normalised only. Raises UserError for shards that are missing,
     damaged or not made for what is asked. Close it (or use `with`) to close the shards' files.
 
+    too_large: whether decoded images are not kept, against `cache`, since they would not fit in memory.
     wait_s: seconds that the consumer has waited for batches; set it to 0 to start counting anew.
     """
 
@@ -126,8 +129,9 @@ class Loader:
             self._full = None
             if full_resolution not in (None, resolution) and not window:
                 self._full = self._images if manifest.mode == "crop" else images(full_resolution)
-            for source in {self._images, self._full or self._images}:
-                source.keep(cache, self.device, self.workers)
+            sources = {self._images, self._full or self._images}
+            kept = [source.keep(cache, self.device, self.workers) for source in sources]
+            self.too_large = not all(kept)
             self._files = files.pop_all()
 
         self.ids = self._images.ids
@@ -176,7 +180,7 @@ class Loader:
             labels=labels,
             targets=targets,
             weight=weight.to(self.device),
-            positions=self._tensor(own),
+            positions=torch.from_numpy(own),
             size=len(rows),
             full=full,
             epoch=epoch,
@@ -312,18 +316,26 @@ class _Images:
         self._cached = np.zeros(len(ids), dtype=bool)
         self._cache: Tensor | None = None
 
-    def keep(self, cache: Cache, device: torch.device, workers: int) -> None:
-        """Set where the images go and what is kept of them; "device" reads them all, now."""
+    def keep(self, cache: Cache, device: torch.device, workers: int) -> bool:
+        """Set where the images go and what is kept of them; "device" reads them all, now.
+
+        Returns:
+            False if they are to be kept in memory, and there is not enough of it for all processes of this host.
+        """
         self._device = device
         if cache == "none":
-            return
-        # Pages are taken from the system as they are filled: a rank's share costs no more than it is.
+            return True
+        # Pages are taken from the system as they are filled; over the epochs that is nearly all of them, on every rank.
+        needed = len(self.ids) * self._shape.numel() * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if cache == "ram" and needed > 0.8 * memory_left():
+            return False
         self._cache = store = torch.empty(len(self.ids), *self._shape, dtype=torch.uint8)
         if cache == "device":
             parts = np.array_split(np.arange(len(self.ids)), -(-len(self.ids) // 1024))
             with ThreadPoolExecutor(workers) as pool:
                 list(pool.map(self._fill, parts))
             self._cache = store.to(device)
+        return True
 
     def take(self, rows: np.ndarray) -> Tensor:
         if self._cache is None:
@@ -361,6 +373,18 @@ class _Images:
         if self._device.type == "cuda" and images.device.type == "cpu":
             return images.pin_memory().to(self._device, non_blocking=True)
         return images.to(self._device)
+
+
+def memory_left() -> int:
+    """Bytes that this host has left, or that the control groups of the process (SLURM's, a container's) allow."""
+    left = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        group = Path("/sys/fs/cgroup", next(line[4:] for line in lines if line.startswith("0::/")))
+        for folder in (group, *group.parents):
+            if (limit := folder / "memory.max").is_file() and (text := limit.read_text().strip()) != "max":
+                left = min(left, int(text))
+    return left
 
 
 # ---- prefetching
@@ -422,7 +446,7 @@ def _receive(batch: Batch, written: torch.cuda.Event | None) -> Batch:
     if written is not None:
         stream = torch.cuda.current_stream(batch.images.device)
         stream.wait_event(written)
-        for tensor in (batch.images, batch.labels, batch.targets, batch.weight, batch.positions, batch.full):
+        for tensor in (batch.images, batch.labels, batch.targets, batch.weight, batch.full):
             if tensor is not None:
                 tensor.record_stream(stream)  # its memory is not given to another batch while still in use
     return batch

@@ -131,6 +131,6 @@ def _rows(batch: Batch, index: Tensor, weight: float | None = None) -> Batch:
         labels=batch.labels[on],
         targets=None if batch.targets is None else batch.targets[on],
         weight=batch.weight[on] if weight is None else batch.weight.new_full((len(index),), weight),
-        positions=batch.positions[on],
+        positions=batch.positions[index],
         full=None if batch.full is None else batch.full[on],
     )

@@ -291,6 +291,17 @@ def test_workers_and_caches_change_nothing(resized):
                     assert_same(a, b)
 
 
+def test_images_that_would_not_fit_in_memory_are_not_kept(resized, monkeypatch):
+    """They are decoded again each time, and are the same."""
+    folder, manifest = resized
+    for processes, too_large in (("4", False), (str(2**30), True)):  # of this host, and all would keep them
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        with Loader(folder, manifest, "train", 12, batch=32, seed=3, augment=Augment()) as loader:
+            assert loader.too_large == too_large
+            for ours, kept in zip(loader.batches(0), epoch_of(resized, augment=Augment()), strict=True):
+                assert_same(ours, kept)
+
+
 def test_torchs_global_generator_is_left_alone(resized):
     torch.manual_seed(0)
     before = torch.get_rng_state()
