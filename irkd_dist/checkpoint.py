@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from irkd_dist import faults
-from irkd_dist.errors import UserError
+from irkd_dist.errors import Passing, UserError, unreadable
 
 FORMAT_VERSION = 1
 STUDENT, OPTIMIZER, STATE = "student.safetensors", "optimizer.safetensors", "state.json"
@@ -136,9 +136,9 @@ class Writer:
     def _run(self) -> None:
         while (order := self._orders.get()) is not None:
             started, error = time.perf_counter(), None
-            # of what is owed only the best of a stage still counts: a newer checkpoint replaces an older one
-            earlier = [o for o in self._owed if o[0].parent != order.folders[-1][0].parent]
-            self._owed = [*earlier, *order.folders]
+            # a newer checkpoint replaces an older one of its kind, `step-` or `best/stage-03-step-`
+            newer = {_kind(folder) for folder, _ in order.folders}
+            self._owed = [*(o for o in self._owed if _kind(o[0]) not in newer), *order.folders]
             try:
                 while self._owed:
                     folder, content = self._owed[0]
@@ -156,6 +156,10 @@ class Writer:
         self._orders.task_done()
 
 
+def _kind(folder: Path) -> tuple[Path, str]:
+    return folder.parent, folder.name.rpartition("-")[0]
+
+
 def load_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint folder.
 
@@ -166,7 +170,9 @@ def load_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / STATE).read_text())
     except FileNotFoundError:
         raise UserError(f"{folder} is no checkpoint: it has no {STATE}") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(folder / STATE, error) from error
+    except ValueError as error:
         raise UserError(f"{folder / STATE} cannot be read: {error}") from error
     if not isinstance(state, dict):
         raise UserError(f"{folder / STATE} is altered: it holds no mapping")
@@ -198,13 +204,21 @@ def name(step: int) -> str:
 
 
 def newest(folder: Path, up_to: int | None = None) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint in a folder of them (`up_to` a step), and why each newer one was skipped."""
+    """The newest complete checkpoint in a folder of them (`up_to` a step), and why each newer one was skipped.
+
+    Raises:
+        Passing: the file system does not answer.
+    """
     skipped = []
     candidates = sorted(folder.glob("step-*"), reverse=True)
     for candidate in candidates if up_to is None else [c for c in candidates if c.name <= name(up_to)]:
         try:
-            load(candidate)
+            state = load_state(candidate)
+            for file in (STUDENT, OPTIMIZER):
+                _check(candidate / file, state)
             return candidate, skipped
+        except Passing:
+            raise  # it may be whole: going on from an older one would throw work away
         except UserError as error:
             skipped.append(str(error))
     return None, skipped
@@ -231,14 +245,25 @@ def prune_all_but(folder: Path, names: set[str]) -> None:
 
 
 def _read(file: Path, state: dict[str, Any]) -> dict[str, Tensor]:
+    _check(file, state)
     try:
-        if hashlib.sha256(file.read_bytes()).hexdigest() != state.get("sha256", {}).get(file.name):
-            raise UserError(f"{file} is altered or truncated: its checksum differs from the one in {STATE}")
         return load_file(file)
+    except OSError as error:
+        raise unreadable(file, error) from error
+    except SafetensorError as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+
+
+def _check(file: Path, state: dict[str, Any]) -> None:
+    try:
+        with file.open("rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
     except FileNotFoundError:
         raise UserError(f"{file} is missing") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+    except OSError as error:
+        raise unreadable(file, error) from error
+    if digest != state.get("sha256", {}).get(file.name):
+        raise UserError(f"{file} is altered or truncated: its checksum differs from the one in {STATE}")
 
 
 def _sync_and_digest(file: Path) -> str:

@@ -328,25 +328,9 @@ def _run_to_come(examine: _Examination, engine: Engine, config: Config, path: st
 def _shards(engine: Engine, config: Config, manifest: shards.Manifest) -> str:
     """Each file that the run reads is checked by one process."""
     folder, verify = Path(config.data.shards), config.data.verify
-    used = {s.resolution for s in configuration.stages(config)}
-    full = config.teacher is not None and config.teacher.view == "full"
-    if manifest.mode == "crop" or full:
-        used.add(max(manifest.resolutions))
-    files = [
-        (folder / f"r{r}" / shard.name, shard)
-        for r in manifest.resolutions
-        if r in used
-        for split in manifest.shards[f"r{r}"].values()
-        for shard in split
-    ]
-    start, bad = time.perf_counter(), []
-    for file, shard in files[engine.rank :: engine.world]:
-        if problem := shards.damage(file, shard, verify):
-            bad.append(f"{file} {problem}")
-    seconds = _slowest(engine, time.perf_counter() - start)
-    if bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise UserError(f"{bad[0]}{more}; `irkd render` with the same arguments repairs what is damaged")
+    files, start = setup.used_shards(config, manifest), time.perf_counter()
+    setup.check_shards(config, engine, manifest)
+    seconds = time.perf_counter() - start
     size = sum(shard.bytes for _, shard in files) / MIB
     what = "checksums agree" if verify == "checksum" else "sizes agree (data.verify=size)"
     splits = ", ".join(f"{n:,} {split}" for split, n in manifest.splits.items())

@@ -1,7 +1,9 @@
 """How a command ends other than well: each is printed as a single line, once for all processes of a run."""
 
+import errno
 import os
 import socket
+from pathlib import Path
 
 EXIT_USER, EXIT_STOPPED = 2, 75  # 75: EX_TEMPFAIL, try again later
 
@@ -17,6 +19,10 @@ class UserError(Exception):
     )
 
 
+class Passing(UserError):
+    """What the next start may not meet: processes that differ, a file system that does not answer. The run goes on."""
+
+
 class Superseded(UserError):
     """Another start of the same run has taken over its folder."""
 
@@ -27,6 +33,24 @@ class Lost(Exception):
 
 class Stopped(Exception):
     """A signal asked the run to stop, and its checkpoint is written; exit code 75. The same command goes on."""
+
+
+# what a network file system answers while it is away, or a disk
+AWAY = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EHOSTDOWN,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+}
+
+
+def unreadable(file: Path, error: OSError) -> UserError:
+    """The error of a file that is there and cannot be read: `Passing` if the file system may come back."""
+    kind = Passing if error.errno in AWAY else UserError
+    return kind(f"{file} cannot be read: {error.strerror or error}")
 
 
 def place() -> str:

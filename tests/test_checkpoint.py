@@ -1,5 +1,7 @@
 """Checkpoints: what is whole is read, what is not is named and skipped."""
 
+import errno
+import os
 import resource
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from irkd_dist import checkpoint
-from irkd_dist.errors import UserError
+from irkd_dist.errors import Passing, UserError, unreadable
 
 
 def write(folder: Path, step: int) -> Path:
@@ -109,3 +111,29 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path) -> None:
     )
     assert "refused: cannot write checkpoint" in done.stdout, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_of_what_could_not_be_written_only_the_newest_of_its_kind_stays_owed(tmp_path: Path) -> None:
+    """A disk that is full for a night must not fill the memory with every best of it."""
+    best, newest = tmp_path / "best", tmp_path / "checkpoints"
+    best.write_text("in the way")
+    writer = checkpoint.Writer()
+    for step in (1, 2, 3, 4):
+        if step == 4:
+            best.unlink()
+        content = checkpoint.Content({"w": torch.ones(4)}, {}, {"step": step})
+        folders = [(best / f"stage-00-{checkpoint.name(step)}", content)] if step < 4 else []
+        writer.submit(
+            str(step), step, [*folders, (newest / checkpoint.name(step), content)], afterwards=lambda: None
+        )
+        writer.wait()
+    writer.close()
+    assert [w.error is None for w in writer.results()] == [False, False, False, True]
+    assert [f.name for f in best.iterdir()] == ["stage-00-step-00000003"]
+    assert [f.name for f in newest.iterdir()] == ["step-00000004"]
+
+
+def test_a_file_system_that_is_away_is_not_a_damaged_checkpoint(tmp_path: Path) -> None:
+    error = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    assert isinstance(unreadable(tmp_path / "state.json", error), Passing)
+    assert type(unreadable(tmp_path / "state.json", PermissionError(errno.EACCES, "denied"))) is UserError

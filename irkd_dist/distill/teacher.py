@@ -54,12 +54,18 @@ class Teacher:
         models.load_weights(self.model, weights, where)
 
 
-def freeze(model: nn.Module, autocast: torch.dtype | None, inner_gradient: bool) -> nn.Module:
+def freeze(
+    model: nn.Module,
+    autocast: torch.dtype | None,
+    inner_gradient: bool,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
     """Make a model a teacher: evaluation mode, no gradients, weights stored as its products use them.
 
     Under autocast every linear and convolutional weight is cast at each use; a frozen one is cast once, here, to
-    the same numbers. On a CPU the fused attention's backward is slower than explicit products (measured 1.5 times
-    for a ViT-Small at 32 px), so a teacher whose maps need the inner gradient goes without.
+    the same numbers. `device` is where the model will compute (it is not moved): on a CPU the fused attention's
+    backward is slower than explicit products (measured 1.5 times for a ViT-Small at 32 px), so a teacher whose maps
+    need the inner gradient goes without.
     """
     model.eval().requires_grad_(False)
     if autocast is not None:
@@ -67,7 +73,7 @@ def freeze(model: nn.Module, autocast: torch.dtype | None, inner_gradient: bool)
             # not their subclasses: weight standardisation computes with fp32 weights first
             if type(module) in (nn.Linear, nn.Conv2d):
                 module.to(autocast)
-    if inner_gradient and next(model.parameters()).device.type == "cpu":
+    if inner_gradient and torch.device(device).type == "cpu":
         models.without_fused_attention(model)
     return model
 

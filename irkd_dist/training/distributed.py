@@ -9,9 +9,10 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,10 +20,13 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore  # torch.distributed exports it without a type
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from irkd_dist.errors import Lost, Stopped, UserError
+from irkd_dist.errors import Lost, Passing, Stopped, UserError
 
-# words in errors that gloo raises when another process is gone
+T = TypeVar("T")
+
+# words in errors that gloo and NCCL raise when another process is gone
 COMMUNICATION = (
+    "NCCL",
     "Connection closed by peer",
     "Connection reset by peer",
     "Timed out waiting",
@@ -59,7 +63,9 @@ def total(place: Place, values: Tensor) -> Tensor:
 
 def any_of(place: Place, *flags: bool | Tensor) -> list[bool]:
     """For each flag, whether any process has it set: one small all-reduce."""
-    row = torch.stack([torch.as_tensor(f, device=place.device).to(torch.int32) for f in flags])
+    row = torch.zeros(len(flags), dtype=torch.int32, device=place.device)
+    for i, flag in enumerate(flags):
+        row[i] = flag
     if place.world > 1:
         dist.all_reduce(row, op=dist.ReduceOp.MAX)
     return [bool(v) for v in row.tolist()]
@@ -72,6 +78,26 @@ def broadcast(place: Place, value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def on_main(place: Place, make: Callable[[], T]) -> T:
+    """What rank 0 makes, on every rank; so are its `UserError`s."""
+    made: tuple[T | None, UserError | None] = (None, None)
+    if place.main:
+        try:
+            made = make(), None
+        except UserError as error:
+            made = None, error
+    value, problem = broadcast(place, made)
+    if problem is not None:
+        raise problem
+    return value
+
+
+def share_buffers(place: Place, model: torch.nn.Module) -> None:
+    """Give every process rank 0's buffers: the running statistics of BatchNorm are each process's own."""
+    for buffer in model.buffers() if place.world > 1 else ():
+        dist.broadcast(buffer, 0)
 
 
 def gather(place: Place, value: Any) -> list[Any]:
@@ -98,7 +124,7 @@ def agree(place: Place, facts: dict[str, Any]) -> None:
     """Stop the run unless every rank states the same facts as rank 0.
 
     Raises:
-        UserError: on every rank alike; it names each rank that differs, and in what.
+        Passing: on every rank alike; it names each rank that differs, and in what.
     """
     stated = gather(place, (name(place), facts))
     wrong = []
@@ -107,7 +133,7 @@ def agree(place: Place, facts: dict[str, Any]) -> None:
             if theirs.get(key) != value:
                 wrong.append(f"{who} has {key}={theirs.get(key)!r}, rank 0 has {value!r}")
     if wrong:
-        raise UserError(
+        raise Passing(
             f"the processes no longer agree: {'; '.join(wrong[:4])}. Nothing of this stage was saved; the same command "
             "goes on from the last checkpoint. Look for differing files, libraries or memory faults on that host"
         )
@@ -210,6 +236,7 @@ class Watch:
         told = (str(error or "").splitlines() or [""])[0]
         # an error of the communication is most likely the end of another process: that one is the news
         lost = isinstance(error, dist.DistError) or any(w in told for w in COMMUNICATION)
+        lost = lost and "cuda error" not in told.lower()  # of its own device, met in a collective
         if isinstance(error, UserError):
             # of every process alike, most likely: each ends by itself, and those that do not are told after a while
             message = f"{name(self._place)} failed: {told}"
@@ -259,12 +286,12 @@ class Watch:
                 beats, step, who = last.split("/", 2)
                 silent = f"{who} has been silent for {now - heard:.0f} s (it was at step {step})"
                 message = who if beats == "failed" else silent
-                store.set("dead", message)
+                store.compare_set("dead", "", message)  # the first stays
                 self._end(message)
             self._ended.wait(self._interval)
         with suppress(RuntimeError, dist.DistError):
             for key, text in self._farewell.items():
-                store.set(key, text)
+                store.compare_set(key, "", text) if key == "dead" else store.set(key, text)
             self._dead = self._read(store, "dead") or self._read(store, "failed")
 
     @staticmethod

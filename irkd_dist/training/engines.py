@@ -52,7 +52,7 @@ class Engine:
         self.rank: int = accelerator.process_index
         self.world: int = accelerator.num_processes
         self.main = self.rank == 0
-        self.device: torch.device = accelerator.device
+        self.device = _numbered(accelerator.device)
         self.module: nn.Module = nn.Identity()
         self.student: nn.Module = nn.Identity()
         self.optimizer: torch.optim.Optimizer
@@ -351,6 +351,11 @@ def setup(config: Config) -> Engine:
             missing, or the launcher announced processes that did not join.
     """
     cuda = torch.cuda.is_available()
+    if not cuda and torch.cuda.device_count():  # the driver counts them without starting one
+        raise UserError(
+            f"this host has {torch.cuda.device_count()} GPUs, but CUDA does not start on it, so this process would "
+            "train on the CPU: see nvidia-smi and dmesg there, or hide them with CUDA_VISIBLE_DEVICES=''"
+        )
     _check_precision(config.precision)
     name = choose(config)
     settings = _zero_settings(config, int(name[-1])) if name.startswith("zero") else {}
@@ -430,6 +435,11 @@ def import_deepspeed() -> Any:
     except ImportError:
         raise UserError("engine=zero0 to zero3 needs deepspeed: pip install 'irkd_dist[all]'") from None
     return deepspeed
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """`cuda` as `cuda:0`: a single process gets it from accelerate without its number, which threads must name."""
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
 def _check_precision(precision: str) -> None:

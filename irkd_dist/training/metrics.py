@@ -23,7 +23,7 @@ def row(rows: list[dict[str, Tensor]], batch: Batch, loader: Loader, like: Tenso
         **terms,
         "samples": (batch.weight > 0).sum(),
         "steps": one,
-        "wait_s": like.new_tensor(loader.wait_s),
+        "wait_s": like.new_full((), loader.wait_s),
     }
     if "saliency" in terms:
         values["aligned"] = one

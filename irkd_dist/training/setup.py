@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +84,7 @@ def build(config: Config, engine: Engine) -> Job:
     data = Path(config.data.shards)
     manifest = shards.load_manifest(data)
     stages = configuration.stages(config)
-    _check_shards(config, manifest, stages)
+    _check_data(config, engine, manifest, stages)
 
     torch.manual_seed(config.seed)
     student, arguments = runs.create_student(config, len(manifest.classes))
@@ -151,13 +154,14 @@ def _settle(job: Job) -> None:
     Without it a resumed run would sum its first step in another order than an unbroken one.
     """
     loss, side = job.config.loss, job.stages[0].resolution
-    image = torch.zeros(1, 3, side, side, device=job.engine.device)
-    label = torch.zeros(1, dtype=torch.long, device=job.engine.device)
+    # two: BatchNorm refuses a single value
+    image = torch.zeros(2, 3, side, side, device=job.engine.device)
+    label = torch.zeros(2, dtype=torch.long, device=job.engine.device)
     targets = Targets()
     if job.teacher is not None:
         # what it says of a blank image does not matter, which terms there are does
         view = (
-            torch.zeros(1, 3, *[max(job.manifest.resolutions)] * 2, device=image.device)
+            torch.zeros(2, 3, *[max(job.manifest.resolutions)] * 2, device=image.device)
             if full_view(job)
             else image
         )
@@ -165,7 +169,7 @@ def _settle(job: Job) -> None:
     buffers = {k: v.clone() for k, v in job.student.named_buffers()}
     job.module.train()
     terms = job.module(
-        image, label, torch.ones(1, device=image.device), targets, loss.kd.alpha, loss.saliency.gamma
+        image, label, torch.full((2,), 0.5, device=image.device), targets, loss.kd.alpha, loss.saliency.gamma
     )
     job.engine.backward(terms["total"])
     job.engine.discard()
@@ -192,9 +196,9 @@ def evaluation_loader(job: Job, split: str, resolution: int, full: bool = False)
     data = job.config.data
     return loading.Loader(
         Path(data.shards), job.manifest, split, max(job.manifest.resolutions) if full else resolution,
-        batch=max(data.batch, 256), seed=job.config.seed, rank=job.engine.rank, world=job.engine.world,
-        augment=None, cache=data.cache, device=job.engine.device, workers=data.workers, verify="size",
-        centre_crop=data.centre_crop,
+        batch=max(data.batch, 256 * job.engine.world), seed=job.config.seed,
+        rank=job.engine.rank, world=job.engine.world, augment=None, cache=data.cache,
+        device=job.engine.device, workers=data.workers, verify="size", centre_crop=data.centre_crop,
     )  # fmt: skip
 
 
@@ -246,10 +250,10 @@ def resume(job: Job) -> tuple[Position, list[str]]:
     Raises:
         UserError: the run was started with other semantic keys, other data or another teacher.
     """
-    folder, skipped = checkpoint.newest(job.folder / runs.CHECKPOINTS)
+    # one process looks, for all: others may see another state of a network file system
+    folder, skipped, state = distributed.on_main(job.engine, lambda: _newest(job.folder / runs.CHECKPOINTS))
     if folder is None:
         return Position(), skipped
-    state = checkpoint.load_state(folder)
     changed = configuration.semantic_difference(_known_keys(state["config"]), job.identity["config"])
     for key, name in (("data_digest", "data"), ("teacher_digest", "teacher")):
         if state[key] != job.identity[key]:
@@ -266,8 +270,23 @@ def resume(job: Job) -> tuple[Position, list[str]]:
     return position, skipped
 
 
+def _newest(folder: Path) -> tuple[Path | None, list[str], dict[str, Any]]:
+    found, skipped = checkpoint.newest(folder)
+    return found, skipped, checkpoint.load_state(found) if found is not None else {}
+
+
+def _await(folder: Path, seconds: float = 60.0) -> None:
+    """Wait until a checkpoint that rank 0 has seen is here too: network file systems remember what was not there."""
+    deadline = time.monotonic() + seconds
+    while not (folder / checkpoint.STATE).is_file() and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            os.listdir(folder.parent)  # asks anew
+        time.sleep(0.5)
+
+
 def load_into(job: Job, folder: Path, moments: bool = True) -> dict[str, Any]:
     """Load a checkpoint into the live student and, with `moments`, the live optimizer; returns its state."""
+    _await(folder)
     student, optimizer, state = checkpoint.load(folder)
     models.check_weights(job.shapes, student, str(folder))
     job.engine.load_weights(student)
@@ -315,7 +334,7 @@ def _plain(splits: dict[str, tuple[shards.Shard, ...]]) -> dict[str, list[dict[s
     return {split: [asdict(s) for s in files] for split, files in splits.items()}
 
 
-def _check_shards(config: Config, manifest: shards.Manifest, stages: list[Stage]) -> None:
+def _check_data(config: Config, engine: Engine, manifest: shards.Manifest, stages: list[Stage]) -> None:
     data = Path(config.data.shards)
     if "train" not in manifest.splits:
         raise UserError(f"{data} has no train split; it has {', '.join(manifest.splits)}")
@@ -335,10 +354,39 @@ def _check_shards(config: Config, manifest: shards.Manifest, stages: list[Stage]
                 f"{', '.join(map(str, manifest.resolutions))}: render again with --resolutions "
                 + ",".join(str(r) for r in sorted({*missing, *manifest.resolutions}))
             )
-    stored = manifest.resolutions if manifest.mode == "crop" else sorted({s.resolution for s in stages})
-    for resolution in stored:  # now, not in the fifth stage of a long run
-        for split in ("train", held_out(manifest)):
-            shards.open_split(data, manifest, split, resolution, verify=config.data.verify).close()
+    check_shards(config, engine, manifest)  # now, not in the fifth stage of a long run
+
+
+def used_shards(config: Config, manifest: shards.Manifest) -> list[tuple[Path, shards.Shard]]:
+    """Each file that a run will read."""
+    used = {s.resolution for s in configuration.stages(config)}
+    if manifest.mode == "crop":
+        used = set(manifest.resolutions)
+    elif config.teacher is not None and config.teacher.view == "full":
+        used.add(max(manifest.resolutions))
+    folder = Path(config.data.shards)
+    return [
+        (folder / f"r{r}" / shard.name, shard)
+        for r in sorted(used)
+        for split in manifest.shards[f"r{r}"].values()
+        for shard in split
+    ]
+
+
+def check_shards(config: Config, engine: Engine, manifest: shards.Manifest) -> None:
+    """Compare each file that the run will read with the manifest, in one of the processes.
+
+    Raises:
+        UserError: on every rank alike; files are missing, truncated or altered, or cannot be read.
+    """
+    files = used_shards(config, manifest)[engine.rank :: engine.world]
+    own = [
+        f"{file} {why}" for file, shard in files if (why := shards.damage(file, shard, config.data.verify))
+    ]
+    damaged = [problem for some in distributed.gather(engine, own) for problem in some]
+    if damaged:
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise UserError(f"{damaged[0]}{more}; `irkd render` with the same arguments repairs what is damaged")
 
 
 def _check_forward(
@@ -421,9 +469,9 @@ def _teacher(
         renormalize = (ours_std / std, (ours_mean - mean) / std)
     inner_gradient = saliency.gamma > 0 and saliency.method != "attention"
     if _teacher_sharded(config, engine):  # shards are of one type, and reach the device one by one
-        model = freeze(network.model, None, inner_gradient)
+        model = freeze(network.model, None, inner_gradient, engine.device)
     else:
-        model = freeze(network.model.to(engine.device), engine.autocast, inner_gradient)
+        model = freeze(network.model.to(engine.device), engine.autocast, inner_gradient, engine.device)
     return Teacher(model, paths, saliency.method, engine.autocast, renormalize)
 
 

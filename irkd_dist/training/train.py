@@ -17,7 +17,7 @@ from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.data import sampler
 from irkd_dist.data.loader import Loader
-from irkd_dist.errors import Stopped, Superseded, UserError
+from irkd_dist.errors import Passing, Stopped, Superseded, UserError
 from irkd_dist.training import (
     bookends,
     curriculum,
@@ -65,23 +65,27 @@ def train(config: Config) -> dict[str, Any]:
     engine = engines.setup(config)
     folder, reached = runs.folder_of(config), 0
     try:
-        job = setup.build(config, engine)
-        position, skipped = setup.resume(job)
-        reached = position.step
-        with _opened(job, position, skipped) as run:
-            summary = _train(run)
-            if engine.main:
-                runs.write_status(folder, "finished", run.position.step, engine.world)
+        started = distributed.broadcast(engine, time.time())
+        with (
+            distributed.StopRequests() as requests,
+            distributed.Watch(engine, config.rank_timeout_s, str(started)) as watch,
+        ):
+            job = setup.build(config, engine)
+            position, skipped = setup.resume(job)
+            reached = position.step
+            with _opened(job, position, skipped, requests, watch, started) as run:
+                summary = _train(run)
+                if engine.main:
+                    runs.write_status(folder, "finished", run.position.step, engine.world)
         distributed.barrier(engine)  # without torchrun rank 0 keeps the store: it leaves last
         return summary
     except Stopped:
         distributed.barrier(engine)
         raise
-    except Superseded:
-        raise  # the folder is another's
     except UserError as error:
         error.said = not distributed.first_to_say(engine, str(error))
-        if engine.main and folder.is_dir():
+        ends = not isinstance(error, (Superseded, Passing))  # else the folder is another's, or the run goes on
+        if ends and engine.main and folder.is_dir():
             runs.write_status(folder, "failed", reached, engine.world, str(error))
         raise
     finally:
@@ -139,7 +143,8 @@ def _train_epoch(run: Run, loader: Loader, alpha: float, gamma: float, stage_ste
                 position.skipped = []
                 run.asked |= asked
                 sums += metrics.row(rows, batch, loader, sums)
-                run.samples.write(position.step, batch.ids[(batch.weight > 0).cpu().numpy()].tolist())
+                if config.track.samples:  # not else: it waits for the device
+                    run.samples.write(position.step, batch.ids[(batch.weight > 0).cpu().numpy()].tolist())
 
         position.epoch_step += 1
         position.stage_step += 1
@@ -171,6 +176,7 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     """Validate, let rank 0 decide, write it down, and move the position to the next epoch or stage."""
     job, position, tracker = run.job, run.position, run.tracker
     started, before = time.perf_counter(), position.curriculum
+    distributed.share_buffers(job.engine, job.student)
     accuracy = setup.accuracy(job, job.student, validation)
     means, images = metrics.means(job, torch.tensor(position.sums, device=job.engine.device))
     seconds = time.perf_counter() - started
@@ -254,10 +260,15 @@ def _enter(run: Run, loader: Loader, alpha: float, gamma: float, stage_steps: in
         "step": position.step, "stage": position.curriculum.stage, "resolution": loader.resolution,
         "batch": loader.batch, "lr": lr, "policy": job.plan.policy, "moments": bool(engine.optimizer.state),
         "teacher": stage.teacher, "data": job.identity["data_digest"], "config": _config_digest(job),
-        "weights": _weights_digest(job) if engine.replicated else None,
+        "weights": _weights_digest(job) if engine.replicated else None, "precision": str(engine.autocast),
+        "torch": torch.__version__,
     }  # fmt: skip
     agreeing = time.perf_counter()
     distributed.agree(engine, facts)
+    if loader.too_large:
+        run.tracker.say(
+            f"{loader.resolution} px: decoded images would not fit in memory, so none are kept (data.cache)"
+        )
     now = time.perf_counter()
     run.tracker.event(
         "stage", position.step, stage=position.curriculum.stage, resolution=stage.resolution, epochs=stage.epochs,
@@ -366,10 +377,12 @@ def _weights_digest(job: Job) -> str:
 
 
 @contextmanager
-def _opened(job: Job, position: Position, skipped: list[str]) -> Iterator[Run]:
+def _opened(
+    job: Job, position: Position, skipped: list[str], requests: distributed.StopRequests, watch: distributed.Watch,
+    started: float,
+) -> Iterator[Run]:  # fmt: skip
     """The run folder and everything that must be closed again, whatever happens."""
     config, engine = job.config, job.engine
-    started = distributed.broadcast(engine, time.time())
     if engine.main:
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
@@ -384,11 +397,7 @@ def _opened(job: Job, position: Position, skipped: list[str]) -> Iterator[Run]:
     tracker = Tracker(job.folder, engine.main, track.backend, track.mode, track.project, config.name, tree)
     decisions = read_decisions(job.folder, _config_digest(job)) if engine.main else {}
     samples = SampleLog(job.folder / runs.SAMPLES, engine.rank, started, position.step, track.samples)
-    with (
-        distributed.StopRequests() as requests,
-        distributed.Watch(engine, config.rank_timeout_s, str(started)) as watch,
-        samples,
-    ):
+    with samples:
         run = Run(job, position, tracker, samples, requests, watch, decisions, str(started))
         try:
             bookends.announce(job, position, skipped, tracker)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from irkd_dist.training import requeue
 from irkd_dist.training.tracking import read_decisions, read_events, read_samples
 from tests import chaos
 from tests.chaos import Fault, damage_newest, finish, losses_of, start, status, strike
@@ -136,6 +137,9 @@ def test_a_rank_that_differs_stops_the_run_and_is_named(config: Path) -> None:
     assert done.code != 0
     assert "the processes no longer agree: rank 1 (" in done.text
     assert "has lr=0.0006, rank 0 has 0.0003" in done.text
+    # it may have been that host's memory or files: the run is not given up
+    assert status(config.parent / "differ") == "running"
+    assert requeue.decide(config.parent / "differ", limit=3).action == "requeue"
 
 
 @pytest.mark.parametrize(

@@ -59,3 +59,11 @@ def test_losses_over_twenty_steps_across_a_transition(student_yaml: Path) -> Non
     for world in (2, 3, 4):
         for one, many in zip(runs[1], runs[world], strict=True):
             assert many["total"] == pytest.approx(one["total"], rel=1e-5), (world, one["step"])
+
+
+def test_running_statistics_are_alike_at_a_transition(student_yaml: Path) -> None:
+    """Each rank's BatchNorm has seen its own images: without rank 0's for all, the ranks would no longer agree."""
+    student = ["student.name=resnet10t", "student.patch=null", "student.options={}", "loss.saliency.gamma=0"]
+    for engine in ("ddp", "zero2"):
+        run = [f"name={engine}", f"engine={engine}", "curriculum.epochs=1"]
+        irkd("train", str(student_yaml), *run, *student, world=2)
