@@ -134,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="restarts in a row without a new checkpoint (default 3)",
     )
+    requeue.add_argument("--owner", metavar="ATTEMPT", help="refuse if the run folder's `owner` is another")
     requeue.set_defaults(call=_requeue)
 
     evaluate = commands.add_parser(
@@ -237,7 +238,7 @@ def _status(arguments: argparse.Namespace) -> int:
 def _requeue(arguments: argparse.Namespace) -> int:
     from irkd_dist.training import requeue
 
-    print(requeue.decide(arguments.run, arguments.limit))
+    print(requeue.decide(arguments.run, arguments.limit, owner=arguments.owner))
     return 0
 
 

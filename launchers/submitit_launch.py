@@ -44,14 +44,15 @@ class Train:
         job = submitit.JobEnvironment()
         first = job.global_rank == 0
         if first:
-            # what is there afterwards is of this attempt
-            (Path(self.run) / requeue.STATUS).unlink(missing_ok=True)
+            requeue.own(Path(self.run), _attempt(job))
             # submitit passes over SIGTERM; to us it is the same
             signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(job._usr_sig()))
         self.launcher = self._start(job)
         while self.launcher.poll() is None:
             time.sleep(0.5)
-        verdict = requeue.decide(Path(self.run), self.limit, count=False)
+        verdict = requeue.decide(
+            Path(self.run), self.limit, count=False, owner=_attempt(job) if first else None
+        )
         if first and verdict.action == "requeue":
             signal.raise_signal(job._usr_sig())  # a rank was signalled or killed: off to submitit's handler
         if first and verdict.action == "failed":
@@ -71,7 +72,7 @@ class Train:
             end = time.monotonic() + 20
             while requeue.state(Path(self.run)) == "running" and time.monotonic() < end:
                 time.sleep(0.2)
-        verdict = requeue.decide(Path(self.run), self.limit)
+        verdict = requeue.decide(Path(self.run), self.limit, owner=_attempt(submitit.JobEnvironment()))
         print(f"submitit_launch: {verdict}", flush=True)
         if verdict.action == "finished":
             sys.exit(0)
@@ -80,8 +81,7 @@ class Train:
         return submitit.helpers.DelayedSubmission(replace(self))
 
     def _start(self, job: submitit.JobEnvironment) -> subprocess.Popen[bytes]:
-        attempt = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        name = f"job{job.job_id}.{attempt}"
+        attempt, name = int(os.environ.get("SLURM_RESTART_COUNT", 0)), _attempt(job)
         if job.num_nodes == 1:
             meet = ["--standalone"]
         else:
@@ -109,12 +109,21 @@ class Train:
         )
 
 
+def _attempt(job: submitit.JobEnvironment) -> str:
+    return f"job{job.job_id}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+
+
 def _cancelled() -> bool:
     """Whether SLURM ends the job for good or requeues it itself; it would start a cancelled job that is requeued."""
     if "SLURM_JOB_ID" not in os.environ:
         return False
     command = ["squeue", "--noheader", f"--job={submitit.JobEnvironment().job_id}", "--format=%T %r"]
-    state = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    state = ""
+    for _ in range(4):  # a controller with much to do does not answer at once
+        state = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        if state:
+            break
+        time.sleep(5)
     return not (state.startswith("RUNNING") or state.endswith("TimeLimit"))
 
 
@@ -176,14 +185,14 @@ def _executor(arguments: argparse.Namespace, folder: Path) -> submitit.Executor:
     for name, value in chosen.items():
         if value is not None:  # sbatch's variables would win over what the script that submitit writes says
             os.environ.pop(f"SBATCH_{name.upper()}", None)
-    more = dict(item.split("=", 1) for item in arguments.sbatch)
+    more = {name: value or True for name, _, value in (item.partition("=") for item in arguments.sbatch)}
     slurm = submitit.SlurmExecutor(folder, max_num_timeout=unlimited)
     slurm.update_parameters(
         **common, time=arguments.time, ntasks_per_node=1,
         **{name: value for name, value in chosen.items() if value is not None},
         **({"gpus_per_node": arguments.gpus_per_node} if arguments.gpus_per_node else {}),
         job_name="irkd", array_parallelism=arguments.array_parallelism,
-        additional_parameters={"requeue": True, **more},
+        srun_args=["--cpu-bind=none", "--export=ALL"], additional_parameters={"requeue": True, **more},
     )  # fmt: skip
     return slurm
 
@@ -208,7 +217,7 @@ def _parse() -> argparse.Namespace:
         "--signal-delay", type=int, default=120, metavar="S", help="before the time limit (default 120)"
     )
     parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other of sbatch's"
+        "--sbatch", action="append", default=[], metavar="OPTION[=VALUE]", help="any other of sbatch's"
     )
     parser.add_argument("--array-parallelism", type=int, default=256, metavar="N", help="jobs at once")
     parser.add_argument(

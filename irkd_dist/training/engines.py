@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.distill.module import Distiller
-from irkd_dist.errors import UserError
+from irkd_dist.errors import Passing, UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COLLECTIVE_TIMEOUT = timedelta(
@@ -352,7 +352,7 @@ def setup(config: Config) -> Engine:
     """
     cuda = torch.cuda.is_available()
     if not cuda and torch.cuda.device_count():  # the driver counts them without starting one
-        raise UserError(
+        raise Passing(
             f"this host has {torch.cuda.device_count()} GPUs, but CUDA does not start on it, so this process would "
             "train on the CPU: see nvidia-smi and dmesg there, or hide them with CUDA_VISIBLE_DEVICES=''"
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-STATUS, RESTARTS = "status.json", "restarts.json"
+STATUS, RESTARTS, OWNER = "status.json", "restarts.json", "owner"
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class Verdict:
         return f"{self.action}: {self.why}"
 
 
-def decide(run: Path, limit: int, count: bool = True) -> Verdict:
+def decide(run: Path, limit: int, count: bool = True, owner: str | None = None) -> Verdict:
     """Requeue what stopped on request or crashed, unless `limit` restarts in a row brought no new checkpoint.
 
     Called once after each attempt, it counts the restarts in `restarts.json` of the run folder; `count=False` looks
-    and changes nothing.
+    and changes nothing. With `owner`, the attempt that asks, a run that another job has begun since is not requeued.
     """
+    if owner is not None and (present := owned_by(run)) != owner:
+        return Verdict("failed", f"{present or 'nobody'} has the run folder now, this is {owner}")
     status = _read(run / STATUS)
     state, step = status.get("state"), _newest_step(run)
     if state == "finished":
@@ -51,6 +53,21 @@ def decide(run: Path, limit: int, count: bool = True) -> Verdict:
     after = {"restarts": before.get("restarts", 0) + 1, "without_progress": vain, "step": step}
     _write(run / RESTARTS, after)
     return Verdict("requeue", f"{what}; restart {after['restarts']}, {vain} of {limit} without progress")
+
+
+def own(run: Path, owner: str) -> None:
+    """Say which attempt of which job has the run folder from now on, and forget how the one before ended."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / OWNER).write_text(owner + "\n")
+    (run / STATUS).unlink(missing_ok=True)
+
+
+def owned_by(run: Path) -> str:
+    """The attempt that began last, as `own` was told; empty where there is none."""
+    try:
+        return (run / OWNER).read_text().strip()
+    except OSError:
+        return ""
 
 
 def state(run: Path) -> str:

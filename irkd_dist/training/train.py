@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,8 +63,13 @@ def train(config: Config) -> dict[str, Any]:
             run cannot go on.
         Stopped: a signal asked for it; a checkpoint is written, and the same call goes on from there.
     """
-    engine = engines.setup(config)
     folder, reached = runs.folder_of(config), 0
+    try:
+        engine = engines.setup(config)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0" and folder.is_dir() and not isinstance(error, Passing):
+            runs.write_status(folder, "failed", 0, int(os.environ.get("WORLD_SIZE", "1")), str(error))
+        raise
     try:
         started = distributed.broadcast(engine, time.time())
         with (
@@ -84,7 +90,9 @@ def train(config: Config) -> dict[str, Any]:
         raise
     except UserError as error:
         error.said = not distributed.first_to_say(engine, str(error))
-        ends = not isinstance(error, (Superseded, Passing))  # else the folder is another's, or the run goes on
+        ends = not isinstance(
+            error, (Superseded, Passing)
+        )  # else the folder is another's, or the run goes on
         if ends and engine.main and folder.is_dir():
             runs.write_status(folder, "failed", reached, engine.world, str(error))
         raise

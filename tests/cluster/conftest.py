@@ -72,6 +72,13 @@ class Job:
             if str(self.config) in words and "irkd_dist" in words and "torch.distributed.run" not in words
         ]  # fmt: skip
 
+    def tasks(self) -> list[int]:
+        """Process ids of the step's tasks, the shells that start torchrun: one on each node."""
+        return [
+            pid for pid, words in processes().items()
+            if words[0].endswith("bash") and "launch" in words and str(self.config) in words
+        ]  # fmt: skip
+
     def wait(self, states: str | tuple[str, ...], seconds: float, **fields: str) -> dict[str, str]:
         """Wait for a state of the job."""
         return self.cluster.wait_job(self.id, states, seconds, **fields)

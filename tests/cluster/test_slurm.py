@@ -87,7 +87,18 @@ def _preempted(job: Job) -> None:
     )
 
 
-@pytest.mark.parametrize("fault", [_requeued_by_controller, _signalled, _out_of_time, _preempted])
+def _signalled_as_with_cgroups(job: Job) -> None:
+    """A cluster that tracks processes by cgroups signals the step's tasks, and nothing that these have started."""
+    tasks = job.tasks()
+    assert len(tasks) == 2
+    for pid in tasks:
+        os.kill(pid, signal.SIGUSR1)
+
+
+FAULTS = [_requeued_by_controller, _signalled, _signalled_as_with_cgroups, _out_of_time, _preempted]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_stop_is_checkpointed_and_the_job_goes_on_there(running: Job, fault: Callable[[Job], None]) -> None:
     starts, restarts = running.starts(), int(running.wait("RUNNING", 5)["Restarts"])
     fault(running)
@@ -135,6 +146,24 @@ def test_cancelled_means_cancelled(running: Job) -> None:
     running.wait("CANCELLED", 40)
     assert "not requeued: cancelled" in running.text()
     wait_for(lambda: not running.ranks(), 10, "end of the ranks")
+
+
+def test_a_second_job_of_the_same_run_takes_it_over_and_the_first_gives_way(
+    submit: Submit, cluster: Cluster
+) -> None:
+    """Each would else requeue itself, and they would take the run from one another for ever."""
+    cluster.wait_nodes()
+    first = submit("twice", "--nodes=1", train=[FOREVER])
+    first.wait_training(1)
+    second = submit("twice", "--nodes=1", train=[FOREVER])
+    try:
+        assert first.wait("FAILED", 60)["Restarts"] == "0"
+        assert f"failed: job{second.id}.0 has the run folder now, this is job{first.id}.0" in first.text()
+        second.wait_training(2)
+        assert second.wait("RUNNING", 5)["Restarts"] == "0"
+    finally:
+        cluster.run("scancel", second.id)
+    second.wait("CANCELLED", 40)
 
 
 def test_a_crash_loop_ends_at_the_cap(submit: Submit) -> None:

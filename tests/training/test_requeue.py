@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from irkd_dist.training import requeue
 from irkd_dist.training.requeue import decide
+from tests.training.launch import irkd
 
 
 def left_behind(run: Path, state: str | None, *steps: int) -> Path:
@@ -71,3 +73,30 @@ def test_looking_changes_nothing(tmp_path: Path) -> None:
     for _ in range(5):
         assert decide(tmp_path, limit=1, count=False).action == "requeue"
     assert not (tmp_path / "restarts.json").exists()
+
+
+def test_a_run_that_another_job_has_begun_is_left_to_it(tmp_path: Path) -> None:
+    requeue.own(tmp_path, "job7.0")
+    left_behind(tmp_path, "running")
+    assert decide(tmp_path, limit=3, owner="job7.0").action == "requeue"
+    requeue.own(tmp_path, "job8.0")
+    left_behind(tmp_path, "running")
+    assert (
+        str(decide(tmp_path, limit=3, owner="job7.0"))
+        == "failed: job8.0 has the run folder now, this is job7.0"
+    )
+    assert decide(tmp_path, limit=3, owner="job8.0").action == "requeue"
+
+
+def test_a_mistake_found_before_training_is_kept_in_the_run_folder(student_yaml: Path) -> None:
+    """A job would else be requeued for it: it looks as if it had ended before training began."""
+    run = student_yaml.parent / "early"
+    run.mkdir()
+    done = irkd(
+        "train", str(student_yaml), "name=early", env={"ACCELERATE_MIXED_PRECISION": "fp16"}, check=False
+    )
+    assert done.returncode == 2
+    assert (
+        "accelerate's mixed_precision=fp16 disagrees"
+        in json.loads((run / "status.json").read_text())["reason"]
+    )
