@@ -7,7 +7,7 @@ import traceback
 from typing import NoReturn
 
 from irkd_dist.cli import main
-from irkd_dist.errors import place
+from irkd_dist.errors import place, say
 
 
 def program() -> NoReturn:
@@ -31,7 +31,7 @@ def program() -> NoReturn:
 def _say(error: Exception) -> None:
     """Print the traceback, each line with its rank and host if there are several; torchrun's summary gets it too."""
     for line in traceback.format_exc().splitlines():
-        print(place() + line, file=sys.stderr)
+        say(place() + line)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from irkd_dist import __version__
-from irkd_dist.errors import EXIT_STOPPED, EXIT_USER, Lost, Stopped, UserError, place
+from irkd_dist.errors import EXIT_STOPPED, EXIT_USER, Lost, Stopped, UserError, place, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,10 +35,10 @@ def main(argv: list[str] | None = None) -> int:
             # leave it to the one that says it: then the launcher ends all. If it does not, say it too
             time.sleep(5)
         for line in str(error).splitlines() if not error.said else ():
-            print(f"irkd: {place()}error: {line}", file=sys.stderr)
+            say(f"irkd: {place()}error: {line}")
         return EXIT_USER
     except Lost as error:
-        print(f"irkd: {error}", file=sys.stderr)
+        say(f"irkd: {error}")
         return 1
     except Stopped:
         return EXIT_STOPPED  # the run has said why

@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import sys
 from pathlib import Path
 
 EXIT_USER, EXIT_STOPPED = 2, 75  # 75: EX_TEMPFAIL, try again later
@@ -51,6 +52,12 @@ def unreadable(file: Path, error: OSError) -> UserError:
     """The error of a file that is there and cannot be read: `Passing` if the file system may come back."""
     kind = Passing if error.errno in AWAY else UserError
     return kind(f"{file} cannot be read: {error.strerror or error}")
+
+
+def say(line: str) -> None:
+    """Print an error as a whole: `print` writes the line's end by itself, and another process may come between."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def place() -> str:

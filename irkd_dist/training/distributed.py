@@ -6,7 +6,6 @@ import hashlib
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore  # torch.distributed exports it without a type
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from irkd_dist.errors import Lost, Passing, Stopped, UserError
+from irkd_dist.errors import Lost, Passing, Stopped, UserError, say
 
 T = TypeVar("T")
 
@@ -306,9 +305,5 @@ class Watch:
         return store.get(key).decode() if store.check([key]) else ""
 
     def _end(self, why: str) -> None:
-        print(
-            f"irkd: {name(self._place)}: {why}; ending here, {AGAIN}",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"irkd: {name(self._place)}: {why}; ending here, {AGAIN}")
         os._exit(1)
