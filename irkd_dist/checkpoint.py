@@ -74,6 +74,15 @@ class Content:
     state: dict[str, Any]
 
 
+def unsound(content: Content) -> str | None:
+    """What is not finite in a checkpoint's weights or moments; None where all is."""
+    for kind, tensors in (("weight", content.student), ("moment", content.optimizer)):
+        for name, value in tensors.items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                return f"{kind} {name} is not finite"
+    return None
+
+
 @dataclass
 class Written:
     """How a write went: seconds it took beside the training, and why it failed, if it did."""

@@ -17,8 +17,8 @@ from irkd_dist.data import shards
 from irkd_dist.data.loader import Loader
 from irkd_dist.distill import measure, models
 from irkd_dist.errors import UserError
-from irkd_dist.training import engines, setup
-from irkd_dist.training.setup import Job
+from irkd_dist.training import build, engines, metrics, restore
+from irkd_dist.training.build import Parts
 from irkd_dist.training.tracking import summary_table
 
 RESULT = "evaluation.json"
@@ -53,8 +53,8 @@ def evaluate(
         raise UserError(f"{config.data.shards} has no split {split!r}; it has {', '.join(manifest.splits)}")
     engine = engines.setup(config)
     try:
-        job = setup.build(config, engine)
-        setup.load_into(job, folder, moments=False)
+        job = build.build(config, engine)
+        restore.load_into(engine, folder, moments=False)
         sizes = resolutions or _default_resolutions(job)
         for size in sizes:
             _check_resolution(job, size)
@@ -66,8 +66,8 @@ def evaluate(
             "pointing": {},
         }
         for size in sizes:
-            with setup.evaluation_loader(job, split, size) as loader:
-                result["accuracy"][str(size)] = setup.accuracy(job, job.student, loader)
+            with build.evaluation_loader(job.config, job.manifest, engine, split, size) as loader:
+                result["accuracy"][str(size)] = metrics.accuracy(engine, job.student, loader, "the student")
                 _measure_maps(job, loader, split, size, result)
         if engine.main:
             _write(runs.run_of(path) if (runs.run_of(path) / runs.CONFIG).exists() else folder, result)
@@ -96,22 +96,24 @@ def show(result: dict[str, Any]) -> None:
     Console().print(summary_table(title, columns, rows))
 
 
-def _measure_maps(job: Job, loader: Loader, split: str, size: int, result: dict[str, Any]) -> None:
+def _measure_maps(job: Parts, loader: Loader, split: str, size: int, result: dict[str, Any]) -> None:
     """Rank 0's share of the maps: agreement with the teacher, and the pointing game where there are masks."""
-    if not job.student_taps:
+    if not job.taps:
         return
     batches = []
     for batch in loader.batches(0):
         batches.append(batch)
         if sum(len(b.ids) for b in batches) >= AGREEMENT_SAMPLES:
             break
-    student = setup.tapped_student(job)
+    student = job.tapped
     if job.teacher is not None:
-        setup.load_stage_teacher(job, len(job.stages) - 1)
+        restore.load_stage_teacher(job, len(job.plan.stages) - 1)
         normalization = job.config.loss.saliency.normalization
         seen = batches
-        if setup.full_view(job):
-            with setup.evaluation_loader(job, split, size, full=True) as whole:
+        if build.full_view(job.config):
+            with build.evaluation_loader(
+                job.config, job.manifest, job.engine, split, size, full=True
+            ) as whole:
                 seen = [replace(b, full=w.images) for b, w in zip(batches, whole.batches(0), strict=False)]
         result["agreement"][str(size)] = measure.agreement(student, job.teacher, seen, normalization)
     if job.manifest.masks and not job.config.data.centre_crop:
@@ -131,23 +133,23 @@ def _masks(opened: shards.Split, ids: Any) -> torch.Tensor:
     return torch.stack([shards.decode(m, "png")[0] > 127 for m in encoded if m is not None])
 
 
-def _default_resolutions(job: Job) -> list[int]:
-    stages = {s.resolution for s in job.stages}
+def _default_resolutions(job: Parts) -> list[int]:
+    stages = {s.resolution for s in job.plan.stages}
     if job.manifest.mode == "crop":
         return sorted(stages)
     patches = _patches(job).values()
     return [r for r in job.manifest.resolutions if r in stages or not any(r % p for p in patches)]
 
 
-def _patches(job: Job) -> dict[str, int]:
+def _patches(job: Parts) -> dict[str, int]:
     """Patch sizes that a resolution must be a multiple of, by role."""
     sizes = {"student": models.patch_size(job.student)}
-    if job.teacher is not None and not setup.full_view(job):
+    if job.teacher is not None and not build.full_view(job.config):
         sizes["teacher"] = models.patch_size(job.teacher.model)
     return {role: size for role, size in sizes.items() if size is not None}
 
 
-def _check_resolution(job: Job, size: int) -> None:
+def _check_resolution(job: Parts, size: int) -> None:
     if job.manifest.mode == "resize" and size not in job.manifest.resolutions:
         rendered = ", ".join(map(str, job.manifest.resolutions))
         raise UserError(f"--resolutions {size}: {job.config.data.shards} was rendered at {rendered} px")

@@ -10,46 +10,46 @@ from torch import Tensor
 
 from irkd_dist.data.loader import Loader
 from irkd_dist.distill import saliency
-from irkd_dist.training import setup
-from irkd_dist.training.setup import Job
+from irkd_dist.training import build
+from irkd_dist.training.build import Parts
 
 FOLDER = "panels"
 
 
-def save(job: Job, loader: Loader, stage: int, epoch: int, resolution: int) -> None:
+def save(parts: Parts, run: Path, loader: Loader, stage: int, epoch: int, resolution: int) -> None:
     """Write `panels/stage-SS-epoch-EEE.npz` for the first images of a loader.
 
     It holds images (P, r, r, 3) uint8, labels (P,), keys (P,), and maps averaged over the taps, each min-max
     normalised: student (P, h, w), and teacher (P, h', w') where there is one. Every process must call it, for sharded
     parameters; rank 0 writes. Left out where the engine cannot differentiate the student (zero3).
     """
-    count = job.config.track.panels
-    method = job.config.loss.saliency.method
-    if not count or not job.student_taps or (job.engine.no_inner_gradient and method != "attention"):
+    config, engine, manifest = parts.config, parts.engine, parts.manifest
+    count = config.track.panels
+    method = config.loss.saliency.method
+    if not count or not parts.taps or (engine.no_inner_gradient and method != "attention"):
         return
     batch = next(iter(loader.batches(0)))
     images, labels = batch.images[:count], batch.labels[:count]
-    mean, std = (
-        torch.tensor(v, device=images.device).view(3, 1, 1) for v in (job.manifest.mean, job.manifest.std)
-    )
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (manifest.mean, manifest.std))
     pixels = ((images * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
     arrays = {
         "images": pixels.cpu().numpy(),
         "labels": labels.cpu().numpy(),
         "ids": batch.ids[:count],
         "resolution": np.array(resolution),
-        "student": average(setup.tapped_student(job).maps(images, labels)),
+        "student": average(parts.tapped.maps(images, labels)),
     }
-    if job.teacher is not None:
+    if parts.teacher is not None:
         view = images
-        if setup.full_view(job):
-            with setup.evaluation_loader(job, setup.held_out(job.manifest), resolution, full=True) as whole:
+        if build.full_view(config):
+            split = build.held_out(manifest)
+            with build.evaluation_loader(config, manifest, engine, split, resolution, full=True) as whole:
                 view = next(iter(whole.batches(0))).images[:count]
-        maps = job.teacher(view, labels, aligned=len(view), logits=False).maps
+        maps = parts.teacher(view, labels, aligned=len(view), logits=False).maps
         arrays["teacher"] = average(maps or [])
-    if not job.engine.main:
+    if not engine.main:
         return
-    folder = job.folder / FOLDER
+    folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     file = folder / f"stage-{stage:02d}-epoch-{epoch:03d}.npz"
     temporary = folder / f".{file.name}"

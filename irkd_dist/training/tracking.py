@@ -17,13 +17,16 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from irkd_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from irkd_dist.checkpoint import Writer
 
 EVENTS = "events.jsonl"
 
@@ -98,6 +101,16 @@ class Tracker:
         elif self._kind == "tensorboard":
             for key, value in values.items():
                 self._backend.add_scalar(key, value, step)
+
+    def written(self, writer: Writer) -> None:
+        """Record the checkpoints that were written, or not, since the last call."""
+        for done in writer.results():
+            told = {"name": done.name, "seconds": round(done.seconds, 4)}
+            if done.error is None:
+                self.event("checkpoint", done.step, **told)
+            else:
+                self.event("checkpoint_failed", done.step, **told, error=done.error)
+                self.say(f"warning: {done.error}; training goes on, and the next checkpoint tries again")
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

@@ -58,11 +58,11 @@ def test_killed_in_a_step_a_write_a_transition_and_a_reset(config: Path, unbroke
 def test_a_request_to_one_rank_stops_all_at_one_step(config: Path, unbroken: Path) -> None:
     run = config.parent / "asked"
     done = strike(config, "asked", 2, Fault("term", "sigterm@step:4:1"))
-    assert "stopped at step 5 (rank 1" in done.text
+    assert "stopped at step 6 (rank 1" in done.text  # wishes are read a step late
     assert "SIGTERM" in done.text
     assert status(run) == "stopped"
-    assert json.loads((run / "status.json").read_text())["step"] == 5
-    assert (run / "checkpoints" / "step-00000005").is_dir()
+    assert json.loads((run / "status.json").read_text())["step"] == 6
+    assert (run / "checkpoints" / "step-00000006").is_dir()
     # twice, the first in the middle of a write, the second to the other rank
     done = strike(config, "asked", 2, Fault("usr1", "sigusr1@write:9:0,sigusr1@step:10:1"))
     assert "SIGUSR1" in done.text
@@ -78,7 +78,7 @@ def test_a_request_ends_a_single_process_with_code_75(config: Path) -> None:
     done = finish(start(config, "single", 1))
     assert done.code == 0
     assert "skipped checkpoint" in done.text
-    assert "step-00000005" in done.text
+    assert "step-00000006" in done.text
 
 
 def test_a_stopped_rank_is_named_in_time_and_a_killed_launcher_leaves_no_orphan(
