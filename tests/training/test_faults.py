@@ -117,6 +117,20 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_taken_by_none(config: Path, ki
     assert losses_of(config.parent / kind, config.parent / f"told-{kind}", {6}) == []
 
 
+@pytest.mark.parametrize(("engine", "world"), [("ddp", 2), ("fsdp2", 2), ("zero1", 1), ("ddp", 1)])
+def test_one_element_of_one_ranks_gradient_that_is_not_finite_is_taken_by_none(
+    config: Path, engine: str, world: int
+) -> None:
+    """The loss is finite: without a guard of the gradient, the weights would be NaN from here on."""
+    name, more = f"gradient-{engine}-{world}", [f"engine={engine}"]
+    assert finish(start(config, f"told-{name}", world, *more, "data.leave_out=[6]")).code == 0
+    done = strike(config, name, world, Fault("nan", f"nan@gradient:6:{world - 1}"), *more)
+    assert done.code == 0, done.text[-3000:]
+    assert "step 6: the gradient, not a loss, is not finite" in done.text
+    assert [e["step"] for e in of(config.parent / name, "skip")] == [6]
+    assert losses_of(config.parent / name, config.parent / f"told-{name}", {6}) == []
+
+
 def test_over_the_limit_the_run_goes_back_once_and_then_stops(config: Path) -> None:
     told = ["optim.max_skips=2"]
     assert finish(start(config, "told-back", 2, *told, "data.leave_out=[9,10,11]")).code == 0
