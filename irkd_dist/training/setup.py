@@ -19,6 +19,9 @@ from irkd_dist import config as configuration
 from irkd_dist.config import Config, Stage
 from irkd_dist.data import loader as loading
 from irkd_dist.data import shards
+from irkd_dist.data.images import Dataset, Work
+from irkd_dist.data.sampler import Share
+from irkd_dist.data.views import View
 from irkd_dist.distill import measure, models
 from irkd_dist.distill.measure import TappedModel
 from irkd_dist.distill.module import Distiller, Objective, Targets
@@ -181,25 +184,27 @@ def loaders(job: Job, stage: Stage) -> tuple[loading.Loader, loading.Loader]:
     """The training loader of a stage and the one it is validated with (test split if there is no validation)."""
     data, teacher = job.config.data, job.config.teacher
     full = max(job.manifest.resolutions) if teacher is not None and teacher.view == "full" else None
-    augment = loading.Augment(mode=job.manifest.mode, **asdict(job.config.augment))
+    view = View(stage.resolution, job.config.augment, full, job.manifest.mode)
     train = loading.Loader(
-        Path(data.shards), job.manifest, "train", stage.resolution,
+        Dataset(Path(data.shards), job.manifest, "train", data.subset, verify="size"), view,
         batch=configuration.stage_batch(job.config, stage.resolution), seed=job.config.seed,
-        rank=job.engine.rank, world=job.engine.world, augment=augment, full_resolution=full, cache=data.cache,
-        device=job.engine.device, workers=data.workers, verify="size", subset=data.subset,
+        share=Share(job.engine.world, (job.engine.rank,)), work=_work(job),
     )  # fmt: skip
     return train, evaluation_loader(job, held_out(job.manifest), stage.resolution)
 
 
 def evaluation_loader(job: Job, split: str, resolution: int, full: bool = False) -> loading.Loader:
     """A loader for measuring: in order, normalised only. `full`: at the teacher's full resolution."""
-    data = job.config.data
+    data, size = job.config.data, max(job.manifest.resolutions) if full else resolution
     return loading.Loader(
-        Path(data.shards), job.manifest, split, max(job.manifest.resolutions) if full else resolution,
-        batch=max(data.batch, 256 * job.engine.world), seed=job.config.seed,
-        rank=job.engine.rank, world=job.engine.world, augment=None, cache=data.cache,
-        device=job.engine.device, workers=data.workers, verify="size", centre_crop=data.centre_crop,
+        Dataset(Path(data.shards), job.manifest, split, verify="size"), View(size, centre_crop=data.centre_crop),
+        batch=loading.EVALUATION_BATCH * job.engine.world, seed=job.config.seed,
+        share=Share(job.engine.world, (job.engine.rank,)), work=_work(job),
     )  # fmt: skip
+
+
+def _work(job: Job) -> Work:
+    return Work(job.config.data.cache, job.engine.device, job.config.data.workers)
 
 
 def accuracy(job: Job, model: nn.Module, loader: loading.Loader) -> float:

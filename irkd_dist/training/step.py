@@ -96,7 +96,7 @@ def forward(job: Job, batch: Batch, alpha: float, gamma: float, step: int) -> di
         weights = torch.cat([*([nothing] if first else []), weights, *([nothing] if last else [])])
         aligned = max(own, 1)
         batch = replace(_rows(batch, index), weight=weights)
-    target = batch.labels if batch.targets is None else batch.targets
+    target = batch.labels if batch.soft_labels is None else batch.soft_labels
     targets = Targets()
     if job.teacher is not None:
         images = batch.images if batch.full is None else batch.full
@@ -129,7 +129,7 @@ def _rows(batch: Batch, index: Tensor, weight: float | None = None) -> Batch:
         ids=batch.ids[index.numpy()],
         images=batch.images[on],
         labels=batch.labels[on],
-        targets=None if batch.targets is None else batch.targets[on],
+        soft_labels=None if batch.soft_labels is None else batch.soft_labels[on],
         weight=batch.weight[on] if weight is None else batch.weight.new_full((len(index),), weight),
         positions=batch.positions[index],
         full=None if batch.full is None else batch.full[on],

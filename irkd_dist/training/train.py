@@ -273,10 +273,8 @@ def _enter(run: Run, loader: Loader, alpha: float, gamma: float, stage_steps: in
     }  # fmt: skip
     agreeing = time.perf_counter()
     distributed.agree(engine, facts)
-    if loader.too_large:
-        run.tracker.say(
-            f"{loader.resolution} px: decoded images would not fit in memory, so none are kept (data.cache)"
-        )
+    for note in loader.notes:
+        run.tracker.say(note)
     now = time.perf_counter()
     run.tracker.event(
         "stage", position.step, stage=position.curriculum.stage, resolution=stage.resolution, epochs=stage.epochs,
