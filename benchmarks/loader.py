@@ -38,7 +38,7 @@ from webdataset.writer import TarWriter
 
 from irkd_dist.data import augment as aug
 from irkd_dist.data import shards
-from irkd_dist.data.images import Cache, Dataset, Work
+from irkd_dist.data.decoded import Cache, Dataset, Work
 from irkd_dist.data.loader import Loader
 from irkd_dist.data.recipe import Augment
 from irkd_dist.data.views import View

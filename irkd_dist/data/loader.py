@@ -22,7 +22,7 @@ from torch import Tensor
 
 from irkd_dist.data import augment as aug
 from irkd_dist.data import sampler
-from irkd_dist.data.images import Dataset, Work
+from irkd_dist.data.decoded import Dataset, Work
 from irkd_dist.data.sampler import Share
 from irkd_dist.data.views import View, Views
 from irkd_dist.errors import UserError

@@ -7,10 +7,12 @@ import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import psutil
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 RAM = 0.8  # of what is left may be promised; models, batches and other programs live on the rest
 DEVICE = 0.5  # activations come on top
@@ -53,6 +55,8 @@ def left() -> int:
 
 def left_on(device: torch.device) -> int:
     """Bytes that a CUDA device has left, with those that torch holds and does not use."""
+    import torch
+
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

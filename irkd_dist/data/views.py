@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from irkd_dist.data import augment as aug
-from irkd_dist.data.images import Dataset, Images, Work
+from irkd_dist.data.decoded import Dataset, Images, Work
 from irkd_dist.data.recipe import Augment
 from irkd_dist.data.shards import Manifest, Mode
 from irkd_dist.errors import UserError

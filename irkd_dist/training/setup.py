@@ -19,7 +19,7 @@ from irkd_dist import config as configuration
 from irkd_dist.config import Config, Stage
 from irkd_dist.data import loader as loading
 from irkd_dist.data import shards
-from irkd_dist.data.images import Dataset, Work
+from irkd_dist.data.decoded import Dataset, Work
 from irkd_dist.data.sampler import Share
 from irkd_dist.data.views import View
 from irkd_dist.distill import measure, models

@@ -1,5 +1,8 @@
 """Batched augmentations against torchvision, timm and naive loops; every draw a function of the sample id."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from irkd_dist.data import augment as aug
+from irkd_dist.data.recipe import Augment
 from irkd_dist.data.sampler import uniform
 
 IDS = np.arange(64) * 31 + 5
@@ -263,3 +267,34 @@ def test_mix_and_boxes_in_proportion():
     assert aug.scale_mix(aug.Mix(0.7, (2, 0, 8, 5)), 16, 32) == aug.Mix(0.7, (4, 0, 16, 10))
     assert aug.scale_mix(aug.Mix(0.7, None), 16, 32) == aug.Mix(0.7, None)
     assert aug.scale_boxes(np.array([[0, 3, 12, 12]]), 12, 32).tolist() == [[0, 8, 32, 32]]
+
+
+# ---- the settings
+
+
+def test_draws_come_again_after_as_many_epochs_as_there_are():
+    assert [Augment().draw(epoch) for epoch in (0, 1, 7)] == [0, 1, 7]
+    assert [Augment(draws=3).draw(epoch) for epoch in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_the_settings_come_from_the_configuration_without_torch():
+    code = """
+import sys
+from irkd_dist import config
+tree = {"fixed": {"resolution": 16, "epochs": 1}, "augment": {"draws": 4}}
+new = config.to_dict(config.from_dict(tree, "here"))
+old = config.to_dict(config.from_dict({**tree, "augment": {}}, "here"))
+assert config.semantic_difference(old, new) == ["augment.draws: None -> 4"]
+del old["augment"]["draws"]  # as a run folder of an earlier version has it
+assert config.semantic_difference(old, config.to_dict(config.from_dict(old, "here"))) == []
+assert "torch" not in sys.modules
+for wrong in (0, -1, 1.5, True):
+    try:
+        config.from_dict({**tree, "augment": {"draws": wrong}}, "here")
+    except config.UserError as error:
+        assert f"augment.draws={wrong!r}" in str(error), error
+    else:
+        raise AssertionError(wrong)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
