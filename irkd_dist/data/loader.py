@@ -109,16 +109,15 @@ class Loader:
     def view_key(self) -> dict[str, Any]:
         """What, with the shards' digest, `Batch.draw` and a sample's id, decides its images and soft label.
 
-        Plain values. The batch's size belongs to it only where partners for mixing come from the batch.
+        Plain values. Which samples there are and the batch's size belong to it only where partners come from them.
         """
         augment = self.view.augment
         pairs: dict[str, Any] | None = None
         if augment and augment.mixes:
             of_batch = {"of": "batch", "batch": self.batch, "least": self.least}
-            pairs = {"of": "split"} if augment.draws else of_batch
+            pairs = {"samples": len(self), **({"of": "split"} if augment.draws else of_batch)}
         return {
             **self._views.key(),
-            "samples": len(self),
             "classes": self.classes,
             "pairs": pairs,
             "device": self.device.type,

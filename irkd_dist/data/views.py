@@ -109,7 +109,6 @@ class Views:
         return {
             "version": VERSION,
             "split": self._data.split,
-            "subset": self._data.subset,
             "resolution": view.resolution,
             "full": view.full,
             "stored": list(view.stored(manifest)),

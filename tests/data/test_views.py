@@ -181,6 +181,8 @@ DECIDES = [
     {"full": 32},
     {"full": 16},
     {"mode": "crop"},
+    {"mode": "crop", "full": 32},
+    {"mode": "crop", "full": 16},
     {"seed": 4},
     {"split": "val"},
     {"subset": 100},
@@ -201,6 +203,7 @@ DECIDES_NOTHING = [
     ({}, {"augment": dataclasses.replace(EVERYTHING)}),
     ({"augment": CROP_FLIP}, {"augment": dataclasses.replace(CROP_FLIP, draws=3)}),
     ({"augment": CROP_FLIP}, {"augment": CROP_FLIP, "batch": 7}),
+    ({"augment": CROP_FLIP}, {"augment": CROP_FLIP, "subset": 100}),
     ({"augment": DRAWS}, {"augment": dataclasses.replace(DRAWS, draws=5), "batch": 7}),
     ({"augment": None}, {"augment": None, "seed": 4, "batch": 7, "mode": "crop"}),
 ]  # fmt: skip
@@ -232,6 +235,11 @@ def test_the_views_key_names_the_stored_images_that_are_read(resized, whole):
         opened(whole, resolution=12, augment=None, full=32) as b,
     ):
         assert (a.view_key()["stored"], b.view_key()["stored"]) == ([12, 32], [32, 32])
+    resize, crop = (
+        keyed(whole, {"augment": None, "resolution": 20, "centre_crop": c}) for c in (False, True)
+    )
+    assert resize[0] != crop[0]
+    assert not same(resize[1][0], crop[1][0])
 
 
 def test_modes_that_the_shards_cannot_give_are_refused(whole, resized):
