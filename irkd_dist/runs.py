@@ -54,7 +54,7 @@ def load_config(run: Path) -> Config:
     """The configuration that a run was started with."""
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} is no run folder: it has no {CONFIG}")
-    return configuration.load(run / CONFIG)
+    return configuration.read(run / CONFIG)
 
 
 def checkpoint_of(path: Path, which: str = "best") -> Path:
