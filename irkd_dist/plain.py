@@ -224,11 +224,11 @@ def leaves(tree: Any, way: tuple[str | int, ...] = ()) -> Iterator[tuple[list[st
 def odd(tree: Any) -> tuple[str, str] | None:
     """The first (key, what is wrong with it): a number that is not finite, a control character, or broken UTF-8."""
     for way, value in leaves(tree):
-        if isinstance(value, float) and not math.isfinite(value):
-            return path(way), f"{path(way)}={value}: input should be a finite number"
         for text in (*way, value):
             if isinstance(text, str) and any(
                 unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text
             ):
                 return path(way), f"{path(way)!r}: {text!r} has a control character, or is no UTF-8"
+        if isinstance(value, float) and not math.isfinite(value):
+            return path(way), f"{path(way)}={value}: input should be a finite number"
     return None
