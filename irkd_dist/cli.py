@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from irkd_dist import __version__
-from irkd_dist.errors import EXIT_STOPPED, EXIT_USER, Lost, Stopped, UserError, place, say
+from irkd_dist.errors import EXIT_STOPPED, EXIT_USER, Lost, Stopped, UserError, keep_traceback, place, say
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0, 1 if another process of the run is gone, 2 for the user's errors, 75 when asked to stop, 130 when interrupted.
+    0, 1 for our own errors or if another process of the run is gone, 2 for the user's errors, 75 when asked to stop,
+    130 when interrupted. The traceback of an error of our own is kept in a file.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         unknown = [text for text in rest if text not in overrides] or rest
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if hasattr(arguments, "overrides"):
-        arguments.overrides = [*arguments.overrides, *overrides]
+        given = sys.argv[1:] if argv is None else argv  # the last one holds, in whatever form
+        arguments.overrides = sorted([*arguments.overrides, *overrides], key=given.index)
     try:
         return arguments.call(arguments)
     except UserError as error:
@@ -42,12 +44,26 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except Stopped:
         return EXIT_STOPPED  # the run has said why
-    except OSError as error:
-        print(f"irkd: error: {error}", file=sys.stderr)
-        return EXIT_USER
     except KeyboardInterrupt:
-        print("irkd: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        say("irkd: interrupted; the same command goes on from the last checkpoint")
         return 130
+    except BrokenPipeError:
+        return 1  # whoever read has read enough
+    except Exception as error:
+        kept = keep_traceback(error, getattr(arguments, "folder", None))
+        reason = " ".join(str(error).split()) or "no reason given"
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        say(f"irkd: {place()}error: {kind}{reason} ({kept})")
+        _tell_torchrun(error)
+        return EXIT_USER if isinstance(error, OSError) else 1
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """Its summary shows the traceback of the process that failed first."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 @contextmanager
@@ -111,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", "train a teacher or a student; the same command resumes")
     train.add_argument("config", help="YAML file; those that ship with the package are named configs/...")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="or --key=value, as sweeps send it")
-    train.add_argument("--print-config", action="store_true", help="show the resolved configuration and stop")
+    train.add_argument("--print-config", action="store_true", help="show the configuration and stop")
     train.add_argument("--print-folder", action="store_true", help="show the run folder and stop")
     train.add_argument(
         "--extend",
@@ -174,7 +190,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: argparse._SubParsersAction, name: str, what: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    # an abbreviated option could be an override
+    return commands.add_parser(
+        name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False
+    )
 
 
 def _render(arguments: argparse.Namespace) -> int:
@@ -217,6 +236,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.print_folder:
         print(config.folder_of(loaded))
         return 0
+    arguments.folder = config.folder_of(loaded)  # for the traceback of a crash
     with _imports():
         from irkd_dist.training.train import train
 

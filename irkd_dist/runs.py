@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from irkd_dist import checkpoint
 from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.data import shards
-from irkd_dist.distill import models
+from irkd_dist.distill import hub, models, start, weights
+from irkd_dist.distill.paper import PAPER_MODELS
 from irkd_dist.errors import UserError
 
 CONFIG, CHECKPOINTS, BEST = "config.yaml", "checkpoints", "best"
@@ -34,6 +33,7 @@ class Network:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     folder: Path  # the checkpoint it came from
+    notes: tuple[str, ...] = ()  # what was chosen, changed and left out when it was loaded
 
 
 def write_status(run: Path, state: str, step: int, world: int, reason: str = "") -> None:
@@ -54,7 +54,7 @@ def load_config(run: Path) -> Config:
     """The configuration that a run was started with."""
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} is no run folder: it has no {CONFIG}")
-    return configuration.load(run / CONFIG)
+    return configuration.read(run / CONFIG)
 
 
 def checkpoint_of(path: Path, which: str = "best") -> Path:
@@ -81,23 +81,26 @@ def run_of(path: Path) -> Path:
     return path.parent.parent if (path / checkpoint.STATE).is_file() else path
 
 
-def create_student(config: Config, classes: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the configured student; returns it with the arguments that build it again (kept in checkpoints)."""
+def create_student(config: Config, classes: int) -> tuple[nn.Module, dict[str, Any], list[str]]:
+    """Build the configured student with the weights it starts from.
+
+    Returns:
+        The network, the arguments that build it again (kept in checkpoints), and notes on its weights.
+    """
     spec = config.student
+    named = hub.look_up(spec.name, "student.name")
     arguments = {
-        "name": spec.name,
+        "name": named.architecture,
         "classes": classes,
         "patch": spec.patch,
         "image_size": spec.image_size or max(s.resolution for s in configuration.stages(config)),
         "distilled": configuration.student_distilled(config),
         "dropout": spec.dropout,
         "drop_path": spec.drop_path,
-        "options": spec.options,
+        "options": {**named.options, **spec.options},
     }
-    model = models.create_model(**arguments, pretrained=spec.pretrained)
-    if spec.weights is not None:
-        models.load_weights(model, read_weights(Path(spec.weights)), f"student.weights={spec.weights}")
-    return model, arguments
+    model, notes = start.create(spec, "student", named, arguments, read_weights)
+    return model, arguments, notes
 
 
 def load_network(folder: Path) -> Network:
@@ -112,16 +115,19 @@ def load_network(folder: Path) -> Network:
     return Network(model.eval(), tuple(state["classes"]), tuple(state["mean"]), tuple(state["std"]), folder)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Weights by name: from a checkpoint folder, a run folder (its best), or a safetensors file."""
-    if path.is_dir():
-        return checkpoint.load_student(checkpoint_of(path))
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"weights {path}: no such file or folder") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"weights {path} is not a safetensors file: {error}") from error
+def read_weights(path: Path, where: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights by name, and notes: of a checkpoint folder, a run folder (its best), or as `weights.read` takes them."""
+    ours = own_checkpoint(path)
+    return (checkpoint.load_student(ours), []) if ours is not None else weights.read(path, where)
+
+
+def own_checkpoint(path: Path) -> Path | None:
+    """The checkpoint of ours that a path of weights means, if it does."""
+    if path.name == checkpoint.STUDENT and (path.parent / checkpoint.STATE).is_file():
+        return path.parent
+    if (path / checkpoint.STATE).is_file() or (path / CHECKPOINTS).is_dir():
+        return checkpoint_of(path)
+    return None
 
 
 def load_teacher(config: Config, manifest: shards.Manifest) -> Network:
@@ -156,7 +162,7 @@ def load_teacher(config: Config, manifest: shards.Manifest) -> Network:
         )
     ours = (*manifest.mean, *manifest.std)
     theirs = (*network.mean, *network.std)
-    if not spec.renormalize and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) > 1e-3:
+    if not spec.renormalize and not _near(ours, theirs):
         raise UserError(
             f"{where} was trained with mean {_short(network.mean)}, std {_short(network.std)}; the shards have "
             f"{_short(manifest.mean)}, {_short(manifest.std)}: teacher.renormalize=true feeds it its own"
@@ -175,39 +181,69 @@ def _timm_teacher(config: Config, manifest: shards.Manifest) -> Network:
     spec = config.teacher
     assert spec is not None
     assert spec.model is not None
-    if not spec.model.pretrained and spec.model.weights is None:
+    own, where = spec.model, f"teacher.model={spec.model.name}"
+    named = hub.look_up(own.name, "teacher.model.name")
+    comes_with_weights = named.weights is not None or bool(named.repository)
+    if not own.pretrained and own.weights is None and not comes_with_weights:
+        raise UserError(f"{where} has no weights: give teacher.model.weights, or pretrained=true")
+    classes = named.cfg.get("num_classes")
+    if own.weights is None and classes is not None and classes != len(manifest.classes):
         raise UserError(
-            f"teacher.model={spec.model.name} has no weights: give teacher.model.weights, or pretrained=true"
+            f"{where}: its pretrained head has {classes} classes, the shards have {len(manifest.classes)}; fine-tune "
+            "it first (irkd train with student.pretrained=true)"
         )
-    if spec.model.pretrained:
-        import timm
+    arguments = {
+        "name": named.architecture,
+        "classes": len(manifest.classes),
+        "patch": own.patch,
+        "image_size": own.image_size or max(manifest.resolutions),
+        "distilled": None
+        if own.distilled == "auto" and own.name not in PAPER_MODELS
+        else own.distilled is True,
+        "options": {**named.options, **own.options},
+    }
+    model, notes = start.create(
+        replace(own, pretrained=own.pretrained or comes_with_weights),
+        "teacher.model",
+        named,
+        arguments,
+        read_weights,
+    )
+    if models.is_distilled(model):  # outside training both heads are averaged
+        model.set_distilled_training(False)  # type: ignore[operator]
+    mean, std, said = _teachers_normalisation(config, manifest, named)
+    folder = Path(own.weights or ".")
+    return Network(model.eval(), manifest.classes, mean, std, folder, (*notes, *said))
 
-        own = timm.get_pretrained_cfg(spec.model.name)
-        if own is not None and own.num_classes != len(manifest.classes):
-            raise UserError(
-                f"teacher.model={spec.model.name}: its pretrained head has {own.num_classes} classes, the shards have "
-                f"{len(manifest.classes)}; fine-tune it first (irkd train with student.pretrained=true)"
-            )
-    model = models.create_model(
-        spec.model.name,
-        classes=len(manifest.classes),
-        patch=spec.model.patch,
-        image_size=spec.model.image_size or max(manifest.resolutions),
-        distilled=spec.model.distilled is True,
-        pretrained=spec.model.pretrained,
-        options=spec.model.options,
-    )
-    if spec.model.weights is not None:
-        models.load_weights(
-            model, read_weights(Path(spec.model.weights)), f"teacher.model.weights={spec.model.weights}"
-        )
-    return Network(
-        model.eval(),
-        manifest.classes,
-        spec.mean or manifest.mean,
-        spec.std or manifest.std,
-        Path(spec.model.weights or "."),
-    )
+
+def _teachers_normalisation(
+    config: Config, manifest: shards.Manifest, named: hub.Named
+) -> tuple[tuple[float, float, float], tuple[float, float, float], list[str]]:
+    """Mean and std that a teacher by name was trained with, as far as anything says so, and what to tell of them."""
+    spec = config.teacher
+    assert spec is not None
+    assert spec.model is not None
+    if spec.mean is not None and spec.std is not None:
+        return spec.mean, spec.std, []
+    found = start.own_normalisation(spec.model, named)
+    ours = own_checkpoint(Path(spec.model.weights)) if spec.model.weights is not None else None
+    if ours is not None:
+        state = checkpoint.load_state(ours)
+        found = tuple(state["mean"]), tuple(state["std"]), f"its checkpoint {ours}"
+    if found is None or _near((*found[0], *found[1]), (*manifest.mean, *manifest.std)):
+        return manifest.mean, manifest.std, []
+    mean, std, why = found
+    theirs = f"mean {_short(mean)} and std {_short(std)}, as {why} has it"
+    shown = f"the shards' {_short(manifest.mean)} and {_short(manifest.std)}"
+    if not spec.renormalize:
+        note = f"the teacher's own {theirs}, are not used, as teacher.renormalize=false asks: it is fed with {shown}"
+        return manifest.mean, manifest.std, [note]
+    note = f"the teacher is fed with {theirs}, not with {shown}; teacher.mean and teacher.std give others"
+    return mean, std, [f"{note}, teacher.renormalize=false the shards'"]
+
+
+def _near(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True)) <= 1e-3
 
 
 def _short(values: tuple[float, ...]) -> str:

@@ -17,9 +17,18 @@ from torch import Tensor, nn
 
 from irkd_dist.distill import saliency
 from irkd_dist.distill.paper import PAPER_MODELS
+from irkd_dist.distill.weights import require_finite
 from irkd_dist.errors import UserError
 
 Method = Literal["gradient", "grad_cam", "hirescam", "attention"]
+# what makes a transformer take images of any size, by the module of timm it is in
+ANY_SIZE: dict[str, dict[str, Any]] = {
+    "vision_transformer": {"dynamic_img_size": True},
+    "deit": {"dynamic_img_size": True},
+    "eva": {"dynamic_img_size": True},
+    "swin_transformer": {"strict_img_size": False},
+    "swin_transformer_v2": {"strict_img_size": False},
+}
 
 
 def create_model(
@@ -28,7 +37,7 @@ def create_model(
     classes: int,
     patch: int | None = None,
     image_size: int | None = None,
-    distilled: bool = False,
+    distilled: bool | None = False,
     dropout: float = 0.0,
     drop_path: float = 0.0,
     pretrained: bool = False,
@@ -36,8 +45,9 @@ def create_model(
 ) -> nn.Module:
     """Create a student or teacher: one of the paper's models or any timm model by name.
 
-    A ViT gets `dynamic_img_size=True`: its position embeddings, made for `image_size`, are interpolated to each
-    stage's resolution. `distilled` adds DeiT's distillation token and head (Touvron et al. 2021).
+    A ViT (DeiT, EVA-02, Swin) takes any image size: its position embeddings, made for `image_size`, are interpolated
+    to each stage's resolution. Other transformers are made for `image_size` alone. `distilled` adds DeiT's
+    distillation token and head (Touvron et al. 2021); None: as timm's name says.
     `dropout` acts on projections and position embeddings, `options` go to timm as they are.
 
     Raises:
@@ -56,16 +66,18 @@ def create_model(
                 f"; did you mean {' or '.join(close)}?" if close else "; `timm.list_models()` has the names"
             )
             raise UserError(f"no model is named {name!r}{hint}")
-    if _is_vit(architecture):
-        arguments["dynamic_img_size"] = True
-        if image_size is not None:
-            arguments["img_size"] = image_size
-        if patch is not None:
-            arguments["patch_size"] = patch
-        if dropout:
-            arguments |= {"proj_drop_rate": dropout, "pos_drop_rate": dropout}
+    family = timm.model_entrypoint(architecture).__module__.removeprefix("timm.models.")
+    cfg = timm.get_pretrained_cfg(architecture)
+    sized = family in ANY_SIZE or (cfg is not None and cfg.fixed_input_size)
+    arguments |= ANY_SIZE.get(family, {})
+    if sized and image_size is not None:
+        arguments["img_size"] = image_size
+    if sized and patch is not None:
+        arguments["patch_size"] = patch
     elif patch is not None:
-        raise UserError(f"model {name!r} takes no patch size (patch={patch}); leave patch out for it")
+        raise UserError(f"model {name!r} takes no patch size (patch={patch}); leave patch out, or write null")
+    if dropout and family in ("vision_transformer", "deit", "eva"):
+        arguments |= {"proj_drop_rate": dropout, "pos_drop_rate": dropout}
     elif dropout:
         arguments["drop_rate"] = dropout
     if drop_path:
@@ -73,19 +85,23 @@ def create_model(
     arguments |= options or {}
     try:
         model = timm.create_model(architecture, pretrained=pretrained, **arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError) as error:
-        raise UserError(f"timm cannot create {architecture!r} with {arguments}: {error}") from error
-    if distilled != is_distilled(model):
+    except (
+        TypeError, ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError, AttributeError, OSError,
+        MemoryError,
+    ) as error:  # fmt: skip
+        shown = {key: value for key, value in arguments.items() if key != "pretrained_cfg_overlay"}
+        raise UserError(
+            f"timm cannot create {architecture!r} with {shown}: {' '.join(str(error).split())}"
+        ) from error
+    if distilled is not None and distilled != is_distilled(model):
         has = "has" if is_distilled(model) else "has no"
-        raise UserError(f"model {name!r} {has} distillation token, but distilled={distilled} was asked for")
+        raise UserError(
+            f"model {name!r} {has} distillation token, but distilled={distilled} was asked for; write distilled: "
+            f"{str(is_distilled(model)).lower()}"
+        )
     if distilled:
         model.set_distilled_training(True)  # type: ignore[operator]
     return model
-
-
-def _is_vit(architecture: str) -> bool:
-    module = timm.model_entrypoint(architecture).__module__
-    return module in ("timm.models.vision_transformer", "timm.models.deit")
 
 
 def is_distilled(model: nn.Module) -> bool:
@@ -303,8 +319,13 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Load a full state dict; a mismatch is a UserError that names the first differing entries."""
+    """Load a full state dict.
+
+    Raises:
+        UserError: entries differ or are not finite; it names the first ones.
+    """
     check_weights({k: v.shape for k, v in model.state_dict().items()}, weights, where, type(model).__name__)
+    require_finite(weights, where)
     with torch.no_grad():
         model.load_state_dict(weights)
 

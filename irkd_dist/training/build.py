@@ -63,13 +63,15 @@ def build(config: Config, engine: Engine) -> Parts:
     notes = preflight.notes(config, engine)
 
     torch.manual_seed(config.seed)
-    student, arguments = runs.create_student(config, len(manifest.classes))
+    student, arguments, weight_notes = runs.create_student(config, len(manifest.classes))
+    notes += weight_notes
     patch = models.patch_size(student)
     if patch is not None:
         configuration.check_resolutions(config, patch, "student")
     teacher, folders, taps = None, _no_folders(stages), _taps_alone(config, student)
     if config.teacher is not None:
         network = runs.load_teacher(config, manifest)
+        notes += network.notes
         pairs, tap_notes = _tap_pairs(config, student, network.model)
         notes += tap_notes
         taps = [s.path for s, _ in pairs]

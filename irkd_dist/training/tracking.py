@@ -52,7 +52,7 @@ class Tracker:
         config: dict[str, Any],
     ) -> None:
         self.main = main
-        self.console = Console(quiet=not main, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=not main, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._backend: Any = None
         self._kind = backend if main else "none"
         if not main:
