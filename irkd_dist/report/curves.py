@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from irkd_dist.report import figures, reading
 from irkd_dist.report.figures import HALF, NARROW, STYLES, WIDE, Drawing, Plan, Theme
-from irkd_dist.report.reading import Event, Run
+from irkd_dist.report.reading import Evaluation, Run
+from irkd_dist.runfolder import Event
 
 STACKED = 4.75  # height of figures of panels over steps, the same so that they stand side by side
 TERMS = {"total": "total", "ce": "cross-entropy", "kd": "distillation", "saliency": "saliency"}
@@ -152,11 +153,9 @@ def teacher(run: Run) -> Plan | None:
     return Plan("Teacher by resolution", alt, caption, (HALF,), lambda _: 2.9, draw)
 
 
-def evaluation(run: Run) -> Plan | None:
+def evaluation(run: Run, measured: Evaluation) -> Plan | None:
     """What `irkd evaluate` measured, over resolution."""
-    if run.evaluation is None:
-        return None
-    rows, parts = run.evaluation.rows, []
+    rows, parts = measured.rows, []
     for i, label, factor in (
         (1, "accuracy, %", 100.0),
         (3, "map correlation", 1.0),
@@ -183,7 +182,7 @@ def evaluation(run: Run) -> Plan | None:
         figure.align_ylabels(list(every))
 
     ends = (f"{label.removesuffix(', %')} {points[-1][1]:.3g}" for label, points in parts)
-    alt = f"Measured on the {run.evaluation.split} split over resolution; at the largest: {', '.join(ends)}."
+    alt = f"Measured on the {measured.split} split over resolution; at the largest: {', '.join(ends)}."
     caption = "Filled points are resolutions that the run was trained at."
     height = 0.9 + 1.15 * max(len(parts), 2)
     return Plan("Evaluation by resolution", alt, caption, (HALF,), lambda _: height, draw)

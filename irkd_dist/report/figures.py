@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from irkd_dist import runfolder
 from irkd_dist.errors import UserError
 
 WIDE, HALF, NARROW = 9.1, 4.3, 3.5  # widths of figures in inches of 100 CSS pixels: page, half page, phone
@@ -140,8 +141,8 @@ def _data_uri(image: Image.Image, plan: Plan, theme: Theme) -> str:
 
 def _save_png(image: Image.Image, file: Path, plan: Plan, theme: Theme) -> None:
     try:
-        file.parent.mkdir(exist_ok=True)
-        (image if plan.photographs else _few_colors(image, theme)).save(file)
+        with runfolder.whole(file) as out:
+            (image if plan.photographs else _few_colors(image, theme)).save(out, "png")
     except OSError as error:
         raise UserError(f"cannot write the figure {file}: {error}") from error
 

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from irkd_dist.report import reading, words
-from irkd_dist.report.reading import Run
+from irkd_dist.report.reading import Evaluation, Run
 
 Table = dict[str, Any]  # columns, rows of as many cells, and what the page marks in them
 
@@ -72,11 +72,8 @@ def teacher(run: Run) -> Table | None:
     return {"columns": columns, "rows": rows}
 
 
-def evaluation(run: Run) -> Table | None:
+def evaluation(measured: Evaluation) -> Table:
     """What `irkd evaluate` measured at each resolution."""
-    measured = run.evaluation
-    if measured is None:
-        return None
     names = ["accuracy", "map error (MSE)", "map correlation", "pointing"]
     forms = ["{:.2%}", "{:.4f}", "{:.3f}", "{:.2%}"]
     kept = [i for i in range(4) if any(row[i + 1] is not None for row in measured.rows)]
@@ -84,7 +81,10 @@ def evaluation(run: Run) -> Table | None:
         [f"{row[0]} px", *("" if row[i + 1] is None else forms[i].format(row[i + 1]) for i in kept)]
         for row in measured.rows
     ]
-    return {"split": measured.split, "columns": ["resolution", *(names[i] for i in kept)], "rows": rows}
+    title = f"{measured.split} split" + (f", {measured.checkpoint}" if measured.checkpoint else "")
+    title += f", {measured.samples:,} images" if measured.samples else ""
+    title += f", shards {measured.data}" if measured.data else ""
+    return {"title": title, "columns": ["resolution", *(names[i] for i in kept)], "rows": rows}
 
 
 def comparison(found: list[Run]) -> Table:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from irkd_dist import runfolder
 from irkd_dist.distill.models import parameter_count
 from irkd_dist.distill.teacher import Teacher, competence
 from irkd_dist.training import distributed, setup
 from irkd_dist.training.setup import Job, Position
-from irkd_dist.training.tracking import Tracker, read_events, summary_table
+from irkd_dist.training.tracking import Tracker, summary_table
 
 
 def announce(job: Job, position: Position, skipped: list[str], tracker: Tracker) -> None:
@@ -39,7 +40,7 @@ def announce(job: Job, position: Position, skipped: list[str], tracker: Tracker)
 def summarize(job: Job, position: Position, tracker: Tracker) -> dict[str, Any]:
     """Test the last stage's best and last weights, print the table of stages, return the summary."""
     done = (
-        next((e for e in reversed(read_events(job.folder)) if e["event"] == "summary"), None)
+        next((e for e in reversed(runfolder.read_events(job.folder)) if e["event"] == "summary"), None)
         if position.finished
         else None
     )
@@ -54,7 +55,7 @@ def summarize(job: Job, position: Position, tracker: Tracker) -> dict[str, Any]:
             assert position.curriculum.best_checkpoint is not None
             setup.load_into(job, job.folder / position.curriculum.best_checkpoint, moments=False)
             summary["test_accuracy"] = setup.accuracy(job, job.student, loader)
-    events = read_events(job.folder)
+    events = runfolder.read_events(job.folder)
     if done is None:
         summary["val_accuracy"] = position.curriculum.best_accuracy
         summary["seconds"] = round(_training_seconds(events), 1)

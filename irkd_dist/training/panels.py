@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import zlib
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from irkd_dist import runfolder
 from irkd_dist.data.loader import Loader
 from irkd_dist.distill import saliency
 from irkd_dist.training import setup
 from irkd_dist.training.setup import Job
-
-FOLDER = "panels"
 
 
 def save(job: Job, loader: Loader, stage: int, epoch: int, resolution: int) -> None:
@@ -49,22 +51,38 @@ def save(job: Job, loader: Loader, stage: int, epoch: int, resolution: int) -> N
         arrays["teacher"] = average(maps or [])
     if not job.engine.main:
         return
-    folder = job.folder / FOLDER
-    folder.mkdir(exist_ok=True)
-    file = folder / f"stage-{stage:02d}-epoch-{epoch:03d}.npz"
-    temporary = folder / f".{file.name}"
-    np.savez_compressed(temporary, allow_pickle=False, **arrays)
-    temporary.rename(file)
+    with runfolder.whole(runfolder.panel_file(job.folder, stage, epoch)) as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
-def load(run: Path) -> list[tuple[int, int, dict[str, np.ndarray]]]:
-    """The panels of a run as (stage, epoch, arrays), in order."""
-    result = []
-    for file in sorted((run / FOLDER).glob("stage-*-epoch-*.npz")):
-        _, stage, _, epoch = file.stem.split("-")
-        with np.load(file) as arrays:
-            result.append((int(stage), int(epoch), dict(arrays)))
-    return result
+def load(run: Path) -> tuple[list[tuple[int, int, dict[str, np.ndarray]]], list[str]]:
+    """The panels of a run as (stage, epoch, arrays), in order, and what is wrong with those that were left out."""
+    result, problems = [], []
+    for stage, epoch, file in runfolder.panel_files(run):
+        try:
+            with np.load(io.BytesIO(runfolder.read_bytes(file)), allow_pickle=False) as stored:
+                arrays = dict(stored)
+            _check(arrays)
+            result.append((stage, epoch, arrays))
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+            problems.append(f"The saliency panels cannot be read: {file.name}: {error}")
+    return result, problems
+
+
+def _check(arrays: dict[str, np.ndarray]) -> None:
+    """Refuse arrays of other shapes and types than `save` writes."""
+    images, resolution = arrays["images"], arrays["resolution"]
+    count = len(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+        raise ValueError("its images are none")
+    if resolution.shape or not all(arrays[k].shape == (count,) for k in ("labels", "ids")):
+        raise ValueError("its labels are not those of its images")
+    for name in ("labels", "ids", "resolution"):
+        if not np.issubdtype(arrays[name].dtype, np.integer):
+            raise ValueError(f"its {name} are no whole numbers")
+    for maps in (arrays[k] for k in ("student", "teacher") if k in arrays):
+        if maps.ndim != 3 or len(maps) != count or not maps.size or not np.isfinite(maps).all():
+            raise ValueError("its maps are not those of its images")
 
 
 def average(maps: list[Tensor]) -> np.ndarray:

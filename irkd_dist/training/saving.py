@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from irkd_dist import checkpoint, runs
+from irkd_dist import checkpoint, runfolder
 from irkd_dist.checkpoint import Writer
 from irkd_dist.errors import UserError
 from irkd_dist.training import curriculum, distributed, setup
@@ -45,7 +45,7 @@ def save(
     started, name = time.perf_counter(), checkpoint.name(position.step)
     content = setup.snapshot(job, position)
     if job.engine.main:
-        folders = [(job.folder / runs.CHECKPOINTS / name, content)]
+        folders = [(job.folder / runfolder.CHECKPOINTS / name, content)]
         if best is not None:
             # the best is a checkpoint of the moment after its epoch, so that a stage can start from it
             state = {**content.state, **replace(position, curriculum=best[1]).state_dict()}
@@ -85,8 +85,8 @@ def settle(job: Job, writer: Writer, tracker: Tracker, needed: Path) -> None:
         note(writer, tracker)
         if not (needed / checkpoint.STATE).is_file():
             problem = (
-                f"{needed} could not be written (see checkpoint_failed in events.jsonl): free space there, and give "
-                "the same command again"
+                f"{needed} could not be written (see checkpoint_failed in {runfolder.EVENTS}): free space there, and "
+                "give the same command again"
             )
     problem = distributed.broadcast(job.engine, problem)
     if problem:
@@ -95,21 +95,21 @@ def settle(job: Job, writer: Writer, tracker: Tracker, needed: Path) -> None:
 
 def _retain(job: Job, position: Position) -> None:
     """Delete what is no longer needed: the newest `keep`, milestones and the bests they refer to stay."""
-    spec, folder = job.config.checkpoint, job.folder / runs.CHECKPOINTS
+    spec, folder = job.config.checkpoint, job.folder / runfolder.CHECKPOINTS
     name = checkpoint.name(position.step)
     always = _milestones(folder, position, spec.keep_epochs)
     if position.skipped:  # a roll-back would go to the last one from before these steps
-        before = [f.name for f in folder.glob("step-*") if f.name <= checkpoint.name(position.skipped[0])]
-        always |= {max(before)} if before else set()
+        before = [f for f in runfolder.steps(folder) if runfolder.step_of(f) <= position.skipped[0]]
+        always |= {f.name for f in before[:1]}
     checkpoint.prune(folder, name, spec.keep, always)
     bests = {Path(b).name for b in [*position.stage_bests, position.curriculum.best_checkpoint] if b}
-    checkpoint.prune_all_but(job.folder / runs.BEST, bests | _bests_of(folder, spec.keep))
+    checkpoint.prune_all_but(job.folder / runfolder.BEST, bests | _bests_of(folder, spec.keep))
 
 
 def _bests_of(folder: Path, newest: int) -> set[str]:
     """Names of the best checkpoints that the newest ones count on: a resume may have to fall back to any of them."""
     names = set()
-    for kept in sorted(folder.glob("step-*"), reverse=True)[:newest]:
+    for kept in runfolder.steps(folder)[:newest]:
         try:
             best = checkpoint.load_state(kept)["curriculum"]["best_checkpoint"]
         except (UserError, KeyError):
@@ -120,9 +120,9 @@ def _bests_of(folder: Path, newest: int) -> set[str]:
 
 def _milestones(folder: Path, position: Position, every: int | None) -> set[str]:
     """Names of checkpoints kept for good: the ends of every n-th epoch."""
-    record = folder / "milestones.txt"
-    names = set(record.read_text().split()) if record.exists() else set()
+    record = folder / runfolder.MILESTONES
+    names = set(runfolder.read_word(record).split())
     if every is not None and position.epoch_step == 0 and position.epoch % every == 0:
         names.add(checkpoint.name(position.step))
-        record.write_text("\n".join(sorted(names)) + "\n")
+        runfolder.write(record, "\n".join(sorted(names)) + "\n")
     return names

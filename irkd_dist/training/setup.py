@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from irkd_dist import __version__, checkpoint, runs
+from irkd_dist import __version__, checkpoint, networks, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.config import Config, Stage
 from irkd_dist.data import loader as loading
@@ -87,7 +87,7 @@ def build(config: Config, engine: Engine) -> Job:
     _check_data(config, engine, manifest, stages)
 
     torch.manual_seed(config.seed)
-    student, arguments = runs.create_student(config, len(manifest.classes))
+    student, arguments = networks.create_student(config, len(manifest.classes))
     patch = models.patch_size(student)
     if patch is not None:
         configuration.check_resolutions(config, patch, "student")
@@ -96,14 +96,14 @@ def build(config: Config, engine: Engine) -> Job:
     teacher, teacher_folders = None, _no_folders(stages)
     saliency = config.loss.saliency
     if config.teacher is not None:
-        network = runs.load_teacher(config, manifest)
-        pairs, tap_notes = _tap_pairs(config, student, network.model)
+        network = networks.load_teacher(config, manifest)
+        pairs, tap_notes = networks.tap_pairs(config, student, network.model)
         notes += tap_notes
         taps = [s.path for s, _ in pairs]
         teacher = _teacher(config, engine, network, manifest, [t.path for _, t in pairs])
         teacher_folders = _teacher_folders(config, stages, network.folder, notes)
     else:
-        taps = _taps_alone(config, student)
+        taps = networks.taps_alone(config, student)
     second_order = saliency.gamma > 0 and saliency.method != "attention"
     if second_order or engine.device.type == "cpu":
         # fused kernels have no second derivative, and on a CPU their backward is slower than explicit products
@@ -134,14 +134,16 @@ def build(config: Config, engine: Engine) -> Job:
         "mean": manifest.mean,
         "std": manifest.std,
         "config": configuration.to_dict(config),
-        "data_digest": data_digest(manifest),
+        "data_digest": networks.data_digest(manifest),
         "teacher_digest": _digests(teacher_folders) if config.teacher and config.teacher.run else None,
         "package_version": __version__,
+        "taps": taps,
+        "method": saliency.method,
     }
     plan = _plan(config, stages, teacher_folders)
     job = Job(
-        config, engine, runs.folder_of(config), manifest, stages, plan, student, shapes, module, optimizer, teacher,
-        teacher_folders, taps, identity, notes,
+        config, engine, configuration.folder_of(config), manifest, stages, plan, student, shapes, module, optimizer,
+        teacher, teacher_folders, taps, identity, notes,
     )  # fmt: skip
     if engine.settles and engine.world > 1:
         _settle(job)
@@ -251,7 +253,7 @@ def resume(job: Job) -> tuple[Position, list[str]]:
         UserError: the run was started with other semantic keys, other data or another teacher.
     """
     # one process looks, for all: others may see another state of a network file system
-    folder, skipped, state = distributed.on_main(job.engine, lambda: _newest(job.folder / runs.CHECKPOINTS))
+    folder, skipped, state = distributed.on_main(job.engine, lambda: _newest(job.folder / runfolder.CHECKPOINTS))
     if folder is None:
         return Position(), skipped
     changed = configuration.semantic_difference(_known_keys(state["config"]), job.identity["config"])
@@ -271,8 +273,8 @@ def resume(job: Job) -> tuple[Position, list[str]]:
 
 
 def _newest(folder: Path) -> tuple[Path | None, list[str], dict[str, Any]]:
-    found, skipped = checkpoint.newest(folder)
-    return found, skipped, checkpoint.load_state(found) if found is not None else {}
+    found, content, skipped = checkpoint.read_newest(folder)
+    return found, skipped, content.state if content is not None else {}
 
 
 def _await(folder: Path, seconds: float = 60.0) -> None:
@@ -317,21 +319,6 @@ def load_stage_teacher(job: Job, stage: int) -> None:
 
 def _teacher_sharded(config: Config, engine: Engine) -> bool:
     return config.teacher is not None and config.teacher.shard and engine.world > 1
-
-
-def data_digest(manifest: shards.Manifest) -> str:
-    """A digest of what the shards hold, whatever folder they are in."""
-    content = [
-        manifest.classes,
-        manifest.splits,
-        manifest.mode,
-        {k: _plain(v) for k, v in manifest.shards.items()},
-    ]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _plain(splits: dict[str, tuple[shards.Shard, ...]]) -> dict[str, list[dict[str, Any]]]:
-    return {split: [asdict(s) for s in files] for split, files in splits.items()}
 
 
 def _check_data(config: Config, engine: Engine, manifest: shards.Manifest, stages: list[Stage]) -> None:
@@ -420,44 +407,8 @@ def _check_forward(
             )
 
 
-def _tap_pairs(
-    config: Config, student: nn.Module, teacher: nn.Module
-) -> tuple[list[tuple[models.Tap, models.Tap]], list[str]]:
-    spec = config.loss.saliency
-    try:
-        pairs = models.tap_pairs(student, teacher, spec.taps, spec.method, spec.strict_paper)
-    except UserError:
-        if spec.gamma:
-            raise
-        return [], []  # taps serve the panels only
-    notes = []
-    kept = [pair for pair in pairs if spec.strict_paper or not (pair[0].void or pair[1].void)]
-    void = [f"{s.path} | {t.path}" for s, t in pairs if s.void or t.void]
-    if spec.gamma:
-        if void and not kept:
-            raise UserError(
-                f"saliency.taps: every tap is void ({', '.join(void)}): its map is zero; use last, or a lower block"
-            )
-        notes.append("taps (student | teacher): " + ", ".join(f"{s.path} | {t.path}" for s, t in kept))
-        if void:
-            what = "kept, as strict_paper asks" if spec.strict_paper else "left out of the average"
-            notes.append(
-                f"void taps, their map is zero or constant whatever the weights: {', '.join(void)}; {what}"
-            )
-    return kept, notes
-
-
-def _taps_alone(config: Config, student: nn.Module) -> list[str]:
-    spec = config.loss.saliency
-    try:
-        pairs = models.tap_pairs(student, student, spec.taps, spec.method)
-    except UserError:
-        return []
-    return [s.path for s, _ in pairs if not s.void]
-
-
 def _teacher(
-    config: Config, engine: Engine, network: runs.Network, manifest: shards.Manifest, paths: list[str]
+    config: Config, engine: Engine, network: networks.Network, manifest: shards.Manifest, paths: list[str]
 ) -> Teacher:
     saliency = config.loss.saliency
     renormalize = None
@@ -482,12 +433,12 @@ def _teacher_folders(config: Config, stages: list[Stage], final: Path, notes: li
     if spec.run is None:
         folders = _no_folders(stages)
     elif spec.schedule == "aligned":
-        folders = [*_aligned(runs.run_of(Path(spec.run)), len(stages))]
+        folders = [*_aligned(runfolder.run_of(Path(spec.run)), len(stages))]
     else:
         folders = [final] * len(stages)
     for i, stage in enumerate(stages):
         if stage.teacher is not None:
-            folders[i] = runs.checkpoint_of(Path(stage.teacher))
+            folders[i] = checkpoint.find(Path(stage.teacher))[0]
     if len(set(folders)) > 1:
         named = (f"{s.resolution} px: {f}" for s, f in zip(stages, folders, strict=True))
         notes.append("teacher checkpoints by stage: " + ", ".join(named))
@@ -499,7 +450,7 @@ def _no_folders(stages: list[Stage]) -> list[Path | None]:
 
 
 def _aligned(run: Path, count: int) -> list[Path]:
-    found = {int(f.name.removeprefix("step-")): f for f in (run / runs.CHECKPOINTS).glob("step-*")}
+    found = {runfolder.step_of(f): f for f in runfolder.steps(run / runfolder.CHECKPOINTS)}
     if len(found) < count:
         raise UserError(
             f"teacher.schedule=aligned: {run} keeps {len(found)} checkpoints, {count} stages need as many; train the "

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from irkd_dist import checkpoint, faults, runs
+from irkd_dist import checkpoint, faults, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.data import sampler
@@ -32,7 +32,7 @@ from irkd_dist.training import (
     step,
 )  # fmt: skip
 from irkd_dist.training.setup import Job, Position
-from irkd_dist.training.tracking import SampleLog, Tracker, read_decisions
+from irkd_dist.training.tracking import SampleLog, Tracker
 
 
 @dataclass
@@ -63,12 +63,12 @@ def train(config: Config) -> dict[str, Any]:
             run cannot go on.
         Stopped: a signal asked for it; a checkpoint is written, and the same call goes on from there.
     """
-    folder, reached = runs.folder_of(config), 0
+    folder, reached = configuration.folder_of(config), 0
     try:
         engine = engines.setup(config)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" and folder.is_dir() and not isinstance(error, Passing):
-            runs.write_status(folder, "failed", 0, int(os.environ.get("WORLD_SIZE", "1")), str(error))
+            runfolder.write_status(folder, "failed", 0, int(os.environ.get("WORLD_SIZE", "1")), str(error))
         raise
     try:
         started = distributed.broadcast(engine, time.time())
@@ -82,7 +82,7 @@ def train(config: Config) -> dict[str, Any]:
             with _opened(job, position, skipped, requests, watch, started) as run:
                 summary = _train(run)
                 if engine.main:
-                    runs.write_status(folder, "finished", run.position.step, engine.world)
+                    runfolder.write_status(folder, "finished", run.position.step, engine.world)
         distributed.barrier(engine)  # without torchrun rank 0 keeps the store: it leaves last
         return summary
     except Stopped:
@@ -94,7 +94,7 @@ def train(config: Config) -> dict[str, Any]:
             error, (Superseded, Passing)
         )  # else the folder is another's, or the run goes on
         if ends and engine.main and folder.is_dir():
-            runs.write_status(folder, "failed", reached, engine.world, str(error))
+            runfolder.write_status(folder, "failed", reached, engine.world, str(error))
         raise
     finally:
         engine.finish()
@@ -119,7 +119,7 @@ def _train(run: Run) -> dict[str, Any]:
                 _end_epoch(run, loader, validation)
                 if run.asked and not run.position.finished:
                     _stop(run)
-    newest = job.folder / runs.CHECKPOINTS / checkpoint.name(run.position.step)
+    newest = job.folder / runfolder.CHECKPOINTS / checkpoint.name(run.position.step)
     saving.settle(job, run.writer, run.tracker, newest)
     return bookends.summarize(job, run.position, run.tracker)
 
@@ -189,7 +189,7 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     means, images = metrics.means(job, torch.tensor(position.sums, device=job.engine.device))
     seconds = time.perf_counter() - started
     tokens = len(loader) * setup.tokens_per_image(job, loader.resolution)
-    best_name = f"{runs.BEST}/stage-{before.stage:02d}-step-{position.step:08d}"
+    best_name = runfolder.best_name(before.stage, position.step)
     state, decision = _decide(run, accuracy, best_name, position.seconds + seconds, tokens)
 
     tracker.event(
@@ -308,7 +308,7 @@ def _skip(run: Run, ranks: list[str], lr: float, epoch_steps: int) -> bool:
     first, folder = position.skipped[0], None
     if job.engine.main:
         run.writer.wait()
-        folder, _ = checkpoint.newest(job.folder / runs.CHECKPOINTS, up_to=first)
+        folder, _ = checkpoint.newest(job.folder / runfolder.CHECKPOINTS, up_to=first)
     folder = distributed.broadcast(job.engine, folder)
     if folder is None:
         raise UserError(
@@ -329,8 +329,8 @@ def _skip(run: Run, ranks: list[str], lr: float, epoch_steps: int) -> bool:
 
 
 def _save(run: Run, best: tuple[str, curriculum.State] | None = None) -> None:
-    file = run.job.folder / runs.SESSION
-    owner = file.read_text() if run.job.engine.main and file.exists() else run.session
+    owner = runfolder.read_word(run.job.folder / runfolder.SESSION) if run.job.engine.main else ""
+    owner = owner or run.session
     if distributed.broadcast(run.job.engine, owner) != run.session:
         raise Superseded(
             f"{run.job.folder} was taken over by another start of the same run ({owner} s since 1970; this one began "
@@ -339,21 +339,21 @@ def _save(run: Run, best: tuple[str, curriculum.State] | None = None) -> None:
     saving.save(run.job, run.position, run.writer, run.tracker, best)
     run.saved = time.perf_counter()
     if run.job.engine.main:
-        runs.write_status(run.job.folder, "running", run.position.step, run.job.engine.world)
+        runfolder.write_status(run.job.folder, "running", run.position.step, run.job.engine.world)
 
 
 def _stop(run: Run) -> None:
     """Wait until the checkpoint of this step is on disk, and end on every rank."""
     job, position, engine = run.job, run.position, run.job.engine
     saving.settle(
-        job, run.writer, run.tracker, job.folder / runs.CHECKPOINTS / checkpoint.name(position.step)
+        job, run.writer, run.tracker, job.folder / runfolder.CHECKPOINTS / checkpoint.name(position.step)
     )
     received = run.requests.received
     told = distributed.gather(engine, f"{distributed.name(engine)}: {received}" if received else None)
     reason = ", ".join(t for t in told if t)
     run.tracker.event("stop", position.step, reason=reason)
     if engine.main:
-        runs.write_status(job.folder, "stopped", position.step, engine.world, reason)
+        runfolder.write_status(job.folder, "stopped", position.step, engine.world, reason)
     run.tracker.say(f"stopped at step {position.step} ({reason}); the same command goes on from here")
     raise Stopped(reason)
 
@@ -393,18 +393,17 @@ def _opened(
     config, engine = job.config, job.engine
     if engine.main:
         try:
-            job.folder.mkdir(parents=True, exist_ok=True)
-            (job.folder / runs.CONFIG).write_text(configuration.to_yaml(config))
-            (job.folder / runs.SESSION).write_text(str(started))
-            runs.write_status(job.folder, "running", position.step, engine.world)
+            runfolder.write(job.folder / runfolder.CONFIG, configuration.to_yaml(config))
+            runfolder.write(job.folder / runfolder.SESSION, str(started))
+            runfolder.write_status(job.folder, "running", position.step, engine.world)
         except OSError as error:
             raise UserError(f"cannot write run folder {job.folder}: {error}") from error
     distributed.barrier(engine)
     assert config.name is not None
     track, tree = config.track, configuration.to_dict(config)
     tracker = Tracker(job.folder, engine.main, track.backend, track.mode, track.project, config.name, tree)
-    decisions = read_decisions(job.folder, _config_digest(job)) if engine.main else {}
-    samples = SampleLog(job.folder / runs.SAMPLES, engine.rank, started, position.step, track.samples)
+    decisions = runfolder.read_decisions(job.folder, _config_digest(job)) if engine.main else {}
+    samples = SampleLog(job.folder, engine.rank, started, position.step, track.samples)
     with samples:
         run = Run(job, position, tracker, samples, requests, watch, decisions, str(started))
         try:
