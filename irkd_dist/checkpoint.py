@@ -266,7 +266,7 @@ def name(step: int) -> str:
 
 
 def unsound(content: Content) -> str | None:
-    """The first tensor of a snapshot that is not finite, as `weight blocks.0.attn.qkv.weight`; None if all are.
+    """The first tensor of a snapshot that is not finite, as `weight NAME is not finite`; None if all are.
 
     A buffer, which has no moments, may hold infinities (masks do), but no NaN.
     """
@@ -278,7 +278,7 @@ def unsound(content: Content) -> str | None:
             low, high = torch.aminmax(value)
             buffer = kind == "weight" and bool(trained) and key not in trained
             if low.isnan() or (not buffer and not (low.isfinite() and high.isfinite())):
-                return f"{kind} {key}"
+                return f"{kind} {key} is not finite"
     return None
 
 
@@ -303,7 +303,7 @@ def read_newest(folder: Path, up_to: int | None = None) -> tuple[Path | None, Co
             continue
         if (problem := unsound(content)) is None:
             return candidate, content, skipped
-        skipped.append(f"{candidate}: {problem} is not finite")
+        skipped.append(f"{candidate}: {problem}")
     return None, None, skipped
 
 
@@ -357,7 +357,7 @@ def missing_bests(run: Path, state: dict[str, Any]) -> list[str]:
         except UserError as error:
             found.append(f"{best}: {error}")
         else:
-            found += [f"{best}: {problem} is not finite"] if problem else []
+            found += [f"{best}: {problem}"] if problem else []
     return found
 
 

@@ -113,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="or --key=value, as sweeps send it")
     train.add_argument("--print-config", action="store_true", help="show the resolved configuration and stop")
     train.add_argument("--print-folder", action="store_true", help="show the run folder and stop")
+    train.add_argument(
+        "--extend",
+        action="store_true",
+        help="more epochs or stages than the run was started with, also if it is done",
+    )
     train.set_defaults(call=_train)
 
     doctor = _command(commands, "doctor", "check machine, processes, data and one step before a run")
@@ -215,7 +220,7 @@ def _train(arguments: argparse.Namespace) -> int:
     with _imports():
         from irkd_dist.training.train import train
 
-    train(loaded)
+    train(loaded, owns_process=True, extend=arguments.extend)
     return 0
 
 

@@ -44,6 +44,9 @@ class Data:
     cache: Literal["none", "ram", "device"] = "ram"  # decoded images kept after the first epoch
     workers: Positive = 2  # decoding threads
     verify: Literal["checksum", "size"] = "checksum"  # of shards, when they are opened
+    # slices of each batch that seeds and the order of sums belong to: a power of two; 1, 2, 4, ... processes up to it
+    # then give the same bits under engine=ddp. null: a slice a process, and worlds agree up to rounding
+    virtual_ranks: Positive | None = None
     __pydantic_config__ = _strict
 
 
@@ -439,6 +442,16 @@ def check(config: Config) -> None:
             raise UserError(
                 f"stage {i}: min_epochs={stage.min_epochs} is above its epochs={stage.epochs}; lower the first"
             )
+    count = config.data.virtual_ranks
+    if count is not None and (count & (count - 1) or count > config.data.batch):
+        raise UserError(
+            f"data.virtual_ranks={count}: give a power of two, at most data.batch={config.data.batch}"
+        )
+    if count is not None and config.optim.accumulate > 1:
+        raise UserError(
+            f"data.virtual_ranks={count} with optim.accumulate={config.optim.accumulate}: virtual ranks are the "
+            "micro-batches; raise their number instead, and leave accumulate at 1"
+        )
     if not isinstance(loss.saliency.taps, str) and not loss.saliency.taps:
         raise UserError(
             "loss.saliency.taps is empty: name taps, e.g. [first, second, last], or set gamma to 0"

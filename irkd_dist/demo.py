@@ -28,10 +28,11 @@ def demo(out: Path) -> None:
 
     common = [f"data.shards={shards}", f"out={out}"]
     console.print("[bold]2. Training a teacher at 32 px")
-    teacher = train(configuration.load("configs/demo/teacher.yaml", common))
+    teacher = train(configuration.load("configs/demo/teacher.yaml", common), owns_process=True)
     console.print("[bold]3. Distilling a student: logits, saliency, three resolutions")
     student = train(
-        configuration.load("configs/demo/student.yaml", [*common, f"teacher.run={teacher['run']}"])
+        configuration.load("configs/demo/student.yaml", [*common, f"teacher.run={teacher['run']}"]),
+        owns_process=True,
     )
     console.print("[bold]4. The same student without a teacher")
     baseline = train(configuration.load("configs/demo/baseline.yaml", common))

@@ -33,7 +33,7 @@ from irkd_dist.config import Config, Fixed
 from irkd_dist.data import sampler, shards
 from irkd_dist.distill.models import parameter_count
 from irkd_dist.errors import UserError
-from irkd_dist.training import distributed, engines, setup, step, tracking
+from irkd_dist.training import build, distributed, engines, preflight, restore, step, tracking
 from irkd_dist.training.engines import Engine
 
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "safetensors", "wandb")
@@ -303,14 +303,13 @@ def _run_to_come(examine: _Examination, engine: Engine, config: Config, path: st
         nonlocal job
         # verified above, each file by one process; decoded images need not be kept for one step
         light = replace(config, data=replace(config.data, verify="size", cache="none"))
-        job = setup.build(light, engine)
+        job = build.build(light, engine)
         distributed.barrier(engine)
-        weights = sum(shape.numel() for shape in job.shapes.values())
+        weights = sum(shape.numel() for shape in engine.shapes.values())
         gradient = f"a gradient of {4 * weights / MIB:.1f} MiB"
         said = f"{config.student.name} under {chosen}, {weights / 1e6:.2f} M parameters, {gradient}"
-        free = shutil.disk_usage(
-            next(f for f in [job.folder, *job.folder.absolute().parents] if f.is_dir())
-        ).free
+        folder = configuration.folder_of(config)
+        free = shutil.disk_usage(next(f for f in [folder, *folder.absolute().parents] if f.is_dir())).free
         needed = 12 * weights * (config.checkpoint.keep + 1 + len(stages))  # weights and two moments each
         if free < needed:
             raise UserError(
@@ -322,14 +321,14 @@ def _run_to_come(examine: _Examination, engine: Engine, config: Config, path: st
         return
     for i, stage in enumerate(stages):
         if stage.resolution not in [s.resolution for s in stages[:i]]:
-            examine(f"step at {stage.resolution} px", lambda i=i, stage=stage: _step(job, i, stage))
+            examine(f"step at {stage.resolution} px", lambda i=i: _step(job, i))
 
 
 def _shards(engine: Engine, config: Config, manifest: shards.Manifest) -> str:
     """Each file that the run reads is checked by one process."""
     folder, verify = Path(config.data.shards), config.data.verify
-    files, start = setup.used_shards(config, manifest), time.perf_counter()
-    setup.check_shards(config, engine, manifest)
+    files, start = preflight.used_shards(config, manifest), time.perf_counter()
+    preflight.check_shards(config, engine, manifest)
     seconds = time.perf_counter() - start
     size = sum(shard.bytes for _, shard in files) / MIB
     what = "checksums agree" if verify == "checksum" else "sizes agree (data.verify=size)"
@@ -356,26 +355,23 @@ def _batch(engine: Engine, config: Config, manifest: shards.Manifest) -> str:
     return text
 
 
-def _step(job: setup.Job, number: int, stage: configuration.Stage) -> str:
+def _step(job: build.Parts, number: int) -> str:
     """Two training steps: the first one warms up, the second is timed."""
     engine, loss = job.engine, job.config.loss
     _forget_peak(engine)
-    setup.load_stage_teacher(job, number)
-    training, held_out = setup.loaders(job, stage)
+    restore.load_stage_teacher(job, number)
+    training, held_out = build.loaders(job, job.plan.stages[number])
     seconds, size = 0.0, 0
     with training, held_out:
         for batch in itertools.islice(training.batches(0), 2):
             distributed.barrier(engine)
             _finish(engine)
             start = time.perf_counter()
-            try:
-                # as step 0: one at which saliency is aligned, whatever loss.saliency.every says
-                step.take(job, batch, loss.kd.alpha, loss.saliency.gamma, 0, [])
-            except step.NotFinite as error:
-                raise UserError(
-                    f"the loss of {error} is not finite: lower optim.lr, or use precision=fp32"
-                ) from error
+            # as step 0: one at which saliency is aligned, whatever loss.saliency.every says
+            taken = step.take(job, batch, loss.kd.alpha, loss.saliency.gamma, 0)
             _finish(engine)
+            if bool(taken.skipped):
+                raise UserError("the gradient is not finite: lower optim.lr, or use precision=fp32")
             seconds, size = time.perf_counter() - start, batch.size
     peak, kind = _peak(engine)
     slowest = _slowest(engine, seconds)

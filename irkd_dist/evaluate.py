@@ -22,7 +22,7 @@ from irkd_dist.distill.measure import TappedModel
 from irkd_dist.distill.teacher import Teacher, freeze
 from irkd_dist.errors import UserError
 from irkd_dist.networks import Network
-from irkd_dist.training import distributed, engines, tracking
+from irkd_dist.training import build, engines, metrics, tracking
 from irkd_dist.training.engines import Engine
 
 AGREEMENT_SAMPLES = 1024  # maps cost a backward pass each; the standard error is below 0.01 by then
@@ -82,8 +82,8 @@ def evaluate(
             _check_resolution(task, size)
         result = _measure(task, split, sizes) | {"notes": notes}
         if place.main:
-            other_data = network.state.get("data_digest") not in (None, networks.data_digest(manifest))
-            _write(path, network, result, networks.data_digest(manifest) if other_data else None)
+            other_data = network.state.get("data_digest") not in (None, build.data_digest(manifest))
+            _write(path, network, result, build.data_digest(manifest) if other_data else None)
         return result
     finally:
         place.finish()
@@ -116,11 +116,9 @@ def _measure(task: _Task, split: str, sizes: list[int]) -> dict[str, Any]:
     model, autocast = task.network.model, task.place.autocast
     accuracy, agreement, pointing, rates, samples = {}, {}, {}, {}, 0
     for size in sizes:
-        with _loader(task, split, size) as loader:
+        with build.evaluation_loader(task.config, task.manifest, task.place, split, size) as loader:
             samples, key = len(loader), str(size)
-            counts = measure.correct_and_count(model, loader.batches(0), autocast)
-            right, count = distributed.total(task.place, counts).tolist()
-            accuracy[key] = right / count
+            accuracy[key] = metrics.accuracy(task.place, model, loader, "the student")
             first = next(iter(loader.batches(0)))
             rates[key] = {"student": _rate(model, first.images, autocast)}
             if task.teacher is not None:
@@ -179,17 +177,6 @@ def _last_teacher(config: Config) -> Config:
     return config
 
 
-def _loader(task: _Task, split: str, size: int) -> Loader:
-    """Every sample of a split once, over all processes, normalised only."""
-    data = task.config.data
-    return Loader(
-        Path(data.shards), task.manifest, split, size,
-        batch=max(data.batch, 256 * task.place.world), seed=task.config.seed,
-        rank=task.place.rank, world=task.place.world, augment=None, cache=data.cache,
-        device=task.place.device, workers=data.workers, verify="size", centre_crop=data.centre_crop,
-    )  # fmt: skip
-
-
 def _first_batches(loader: Loader) -> list[Batch]:
     batches: list[Batch] = []
     for batch in loader.batches(0):
@@ -203,7 +190,7 @@ def _full_view(task: _Task, split: str, size: int, batches: list[Batch]) -> list
     """The batches with what the teacher sees, where that is the full resolution."""
     if task.config.teacher is None or task.config.teacher.view != "full":
         return batches
-    with _loader(task, split, max(task.manifest.resolutions)) as whole:
+    with build.evaluation_loader(task.config, task.manifest, task.place, split, 0, full=True) as whole:
         return [replace(b, full=w.images) for b, w in zip(batches, whole.batches(0), strict=False)]
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +53,7 @@ def load(path: Path, which: str = "best") -> Network:
     if missing:
         raise UserError(f"{folder / runfolder.STATE} is altered: it has no {missing[0]}")
     if problem := checkpoint.unsound(content):
-        raise UserError(f"{folder}: {problem} is not finite: nothing can be done with it")
+        raise UserError(f"{folder}: {problem}: nothing can be done with it")
     config = configuration.from_dict(state["config"], str(folder / runfolder.STATE))
     model = _create(state["model"], folder)
     models.load_weights(model, content.student, str(folder))
@@ -248,19 +246,6 @@ def taps_alone(config: Config, student: nn.Module) -> list[str]:
     except UserError:
         return []
     return [s.path for s, _ in pairs if strict or not s.void]
-
-
-# ---- what it was trained on
-
-
-def data_digest(manifest: shards.Manifest) -> str:
-    """A digest of what the shards hold, whatever folder they are in."""
-    files = {
-        resolution: {split: [asdict(s) for s in own] for split, own in splits.items()}
-        for resolution, splits in manifest.shards.items()
-    }
-    content = [manifest.classes, manifest.splits, manifest.mode, files]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _short(values: tuple[float, ...]) -> str:

@@ -261,8 +261,8 @@ _NEEDED = {
 }
 _TYPES: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("stage", "resolution", "epoch", "stage_epoch", "epochs", "batch"), is_count),
-    **dict.fromkeys(("steps_per_epoch", "world", "parameters", "teacher_parameters"), is_count),
-    **dict.fromkeys(("accuracy", "train_accuracy", "images_per_s", "data_wait", "seconds", "lr"), is_number),
+    **dict.fromkeys(("steps_per_epoch", "world", "parameters"), is_count),
+    **dict.fromkeys(("accuracy", "images_per_s", "data_wait", "seconds", "lr"), is_number),
     **dict.fromkeys(("alpha", "gamma", "flat_maps", "val_accuracy"), is_number),
     **dict.fromkeys(("test_accuracy", "test_accuracy_last"), is_number),
     **dict.fromkeys(("total", "ce", "kd", "saliency"), is_real),
@@ -270,6 +270,8 @@ _TYPES: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("command", "commit", "version"), is_text),
     **dict.fromkeys(("notes", "skipped"), list_of(is_text)),
     **dict.fromkeys(("state", "decision"), is_mapping),
+    "train_accuracy": optional(is_number),  # an epoch may have had no step
+    "teacher_parameters": optional(is_count),
     "resolutions": list_of(is_count),
 }
 _TEACHER = _TYPES | {"accuracy": list_of(is_number)}

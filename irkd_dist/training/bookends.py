@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,66 +12,76 @@ from torch import Tensor
 from irkd_dist import runfolder
 from irkd_dist.distill.models import parameter_count
 from irkd_dist.distill.teacher import Teacher, competence
-from irkd_dist.training import distributed, setup
-from irkd_dist.training.setup import Job, Position
-from irkd_dist.training.tracking import Tracker, summary_table
+from irkd_dist.training import build, distributed, metrics, restore
+from irkd_dist.training.build import Parts
+from irkd_dist.training.position import Position
+from irkd_dist.training.restore import Resumed
+from irkd_dist.training.tracking import Tracker, provenance, summary_table
 
 
-def announce(job: Job, position: Position, skipped: list[str], tracker: Tracker) -> None:
+def announce(parts: Parts, folder: Path, resumed: Resumed, tracker: Tracker) -> None:
     """Print and record what runs, where, and with which taps."""
-    for reason in skipped:
+    for reason in resumed.skipped:
         tracker.say(f"skipped checkpoint: {reason}")
-    fresh = position.step == 0
-    where = "" if fresh else f", resumed at step {position.step}"
+    config, engine, step = parts.config, parts.engine, resumed.position.step
+    count, precision, fresh = parameter_count(parts.student), parts.identity["precision"], step == 0
     tracker.say(
-        f"run {job.folder}{where}: {job.config.student.name} ({parameter_count(job.student) / 1e6:.2f} M parameters), "
-        f"{job.engine.world} process{'es' if job.engine.world > 1 else ''} on {job.engine.device.type}, "
-        f"{'bf16' if job.engine.autocast else 'fp32'}"
+        f"run {folder}{'' if fresh else f', resumed at step {step}'}: {config.student.name} ({count / 1e6:.2f} M "
+        f"parameters), {engine.world} process{'es' if engine.world > 1 else ''} on {engine.device.type}, {precision}"
     )
-    for note in job.notes:
+    for note in parts.notes:
         tracker.say(note)
     tracker.event(
-        "start" if fresh else "resume", position.step, world=job.engine.world, device=str(job.engine.device),
-        precision="bf16" if job.engine.autocast else "fp32", parameters=parameter_count(job.student),
-        torch=torch.__version__, skipped=skipped, notes=job.notes,
-        position=asdict(position.curriculum),
+        "start" if fresh else "resume", step, world=engine.world, device=str(engine.device), precision=precision,
+        threads=torch.get_num_threads(), parameters=count, torch=torch.__version__, skipped=resumed.skipped,
+        notes=parts.notes, position=asdict(resumed.position.curriculum), images=parts.manifest.splits,
+        teacher_parameters=None if parts.teacher is None else parameter_count(parts.teacher.model), **provenance(),
     )  # fmt: skip
+    for text in resumed.lost:
+        tracker.event("best_lost", step, what=text)
+        tracker.say(f"a best checkpoint is lost, and the run goes on without it: {text}")
+    if resumed.extended:
+        tracker.event("extend", step, changed=resumed.extended)
+        tracker.say(f"extended: {'; '.join(resumed.extended)}")
 
 
-def summarize(job: Job, position: Position, tracker: Tracker) -> dict[str, Any]:
+def summarize(parts: Parts, folder: Path, tracker: Tracker, position: Position) -> dict[str, Any]:
     """Test the last stage's best and last weights, print the table of stages, return the summary."""
-    done = (
-        next((e for e in reversed(runfolder.read_events(job.folder)) if e["event"] == "summary"), None)
-        if position.finished
-        else None
+    engine, manifest, plan = parts.engine, parts.manifest, parts.plan
+    told = (
+        e
+        for e in reversed(runfolder.read_events(folder))
+        if e["event"] == "summary" and e.get("steps") == position.step
     )
-    done = distributed.broadcast(job.engine, done)
-    resolution = job.stages[-1].resolution
-    summary: dict[str, Any] = {"run": str(job.folder), "steps": position.step, "resolution": resolution}
+    done = distributed.on_main(engine, lambda: next(told, None))
+    resolution = plan.stages[-1].resolution
+    summary: dict[str, Any] = {"run": str(folder), "steps": position.step, "resolution": resolution}
     if done is not None:
         summary = {k: v for k, v in done.items() if k not in ("event", "step", "time")}
-    elif "test" in job.manifest.splits:
-        with setup.evaluation_loader(job, "test", resolution) as loader:
-            summary["test_accuracy_last"] = setup.accuracy(job, job.student, loader)
-            assert position.curriculum.best_checkpoint is not None
-            setup.load_into(job, job.folder / position.curriculum.best_checkpoint, moments=False)
-            summary["test_accuracy"] = setup.accuracy(job, job.student, loader)
-    events = runfolder.read_events(job.folder)
+    elif "test" in manifest.splits:
+        with build.evaluation_loader(parts.config, manifest, engine, "test", resolution) as loader:
+            summary["test_accuracy_last"] = metrics.accuracy(engine, parts.student, loader, "the student")
+            if position.curriculum.best_checkpoint is not None:  # else it is lost, and the last stands for it
+                restore.load_into(engine, folder / position.curriculum.best_checkpoint, moments=False)
+            summary["test_accuracy"] = metrics.accuracy(engine, parts.student, loader, "the student")
+    events = runfolder.read_events(folder)
     if done is None:
         summary["val_accuracy"] = position.curriculum.best_accuracy
         summary["seconds"] = round(_training_seconds(events), 1)
         tracker.event("summary", position.step, **summary)
         tracker.metrics(position.step, {k: v for k, v in summary.items() if isinstance(v, float)})
     rows = []
-    for i, stage in enumerate(job.stages):
+    for i, stage in enumerate(plan.stages):
         of_stage = [e for e in events if e["event"] == "evaluation" and e["stage"] == i]
         if of_stage:
             best = max(of_stage, key=lambda e: e["accuracy"])
             rows.append(
-                [f"{stage.resolution} px", str(len(of_stage)), f"{of_stage[-1]['train_accuracy']:.2%}",
-                 f"{best['accuracy']:.2%}", f"{of_stage[-1]['accuracy']:.2%}"]
+                [f"{stage.resolution} px", str(len(of_stage)), *(
+                    "-" if a is None else f"{a:.2%}"
+                    for a in (of_stage[-1]["train_accuracy"], best["accuracy"], of_stage[-1]["accuracy"])
+                )]
             )  # fmt: skip
-    table = summary_table(str(job.folder), ["stage", "epochs", "train", "best val", "last val"], rows)
+    table = summary_table(str(folder), ["stage", "epochs", "train", "best val", "last val"], rows)
     tracker.console.print(table)
     steps = [e for e in events if e["event"] == "train" and "seconds" in e]
     if steps:
@@ -96,33 +107,50 @@ def _training_seconds(events: list[dict[str, Any]]) -> float:
     return total + (last - start if start is not None else 0.0)
 
 
-def probe_teacher(job: Job, tracker: Tracker, position: Position) -> list[float]:
-    """Measure and print the teacher's accuracy at each stage's resolution; returns its competence by stage."""
-    if job.teacher is None or position.finished:
-        return [1.0] * len(job.stages)
-    full = setup.full_view(job)
-    split, accuracies = setup.held_out(job.manifest), []
-    tracker.say(f"measuring the teacher on the {split} split at each stage's resolution")
-    for i, stage in enumerate(job.stages):
-        setup.load_stage_teacher(job, i)
-        key = (stage.resolution, job.teacher_folders[i])
-        known = next((a for k, a in accuracies if k == key), None)
-        if known is None:
-            with setup.evaluation_loader(job, split, stage.resolution, full) as loader:
-                known = setup.accuracy(job, _TeacherView(job.teacher), loader)
-        accuracies.append((key, known))
-    values = [a for _, a in accuracies]
-    skill = [competence(a, max(values), len(job.manifest.classes)) for a in values]
-    shown = ", ".join(f"{s.resolution} px {a:.2%}" for s, a in zip(job.stages, values, strict=True))
+def probe_teacher(parts: Parts, folder: Path, tracker: Tracker, position: Position) -> list[float]:
+    """The teacher's competence by stage: measured at each stage's resolution and printed, once in a run.
+
+    A restart takes it from the record, so that the weights of past stages and of those to come stay what they were.
+    """
+    stages, manifest, engine = parts.plan.stages, parts.manifest, parts.engine
+    if parts.teacher is None or position.finished:
+        return [1.0] * len(stages)
+    full, split = build.full_view(parts.config), build.held_out(manifest)
+    facts = {
+        "resolutions": [s.resolution for s in stages], "teachers": [s.teacher for s in stages], "full": full,
+        "digest": parts.identity["teacher_digest"], "data": parts.identity["data_digest"],
+    }  # fmt: skip
+    values = distributed.on_main(engine, lambda: _recorded(folder, facts) if position.step else None)
+    if values is None:
+        tracker.say(f"measuring the teacher on the {split} split at each stage's resolution")
+        known: dict[tuple[int, str | None], float] = {}
+        for i, stage in enumerate(stages):
+            restore.load_stage_teacher(parts, i)
+            if (key := (stage.resolution, stage.teacher)) in known:
+                continue
+            with build.evaluation_loader(
+                parts.config, manifest, engine, split, stage.resolution, full
+            ) as loader:
+                known[key] = metrics.accuracy(engine, _TeacherView(parts.teacher), loader, "the teacher")
+        values = [known[s.resolution, s.teacher] for s in stages]
+    skill = [competence(a, max(values), len(manifest.classes)) for a in values]
+    shown = ", ".join(f"{s.resolution} px {a:.2%}" for s, a in zip(stages, values, strict=True))
     tracker.say(f"teacher's accuracy ({split}{', full resolution' if full else ''}): {shown}")
     tracker.event(
         "teacher",
         position.step,
-        resolutions=[s.resolution for s in job.stages],
         accuracy=values,
         competence=skill,
+        facts=facts,
+        resolutions=facts["resolutions"],
     )
     return skill
+
+
+def _recorded(folder: Path, facts: dict[str, Any]) -> list[float] | None:
+    """What an earlier start of the run has measured, under the same circumstances."""
+    told = (e for e in runfolder.read_events(folder) if e["event"] == "teacher" and e.get("facts") == facts)
+    return next((e["accuracy"] for e in told), None)
 
 
 class _TeacherView(torch.nn.Module):

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -60,16 +60,6 @@ def total(place: Place, values: Tensor) -> Tensor:
     return values
 
 
-def any_of(place: Place, *flags: bool | Tensor) -> list[bool]:
-    """For each flag, whether any process has it set: one small all-reduce."""
-    row = torch.zeros(len(flags), dtype=torch.int32, device=place.device)
-    for i, flag in enumerate(flags):
-        row[i] = flag
-    if place.world > 1:
-        dist.all_reduce(row, op=dist.ReduceOp.MAX)
-    return [bool(v) for v in row.tolist()]
-
-
 def broadcast(place: Place, value: Any) -> Any:
     """Rank 0's value, on every rank."""
     if place.world == 1:
@@ -77,6 +67,23 @@ def broadcast(place: Place, value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def broadcast_tensors(place: Place, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rank 0's tensors by name, on every rank, on the CPU; they cross a device one by one."""
+    if place.world == 1:
+        return dict(tensors)
+    shapes = broadcast(place, [(k, v.shape, v.dtype) for k, v in tensors.items()])
+    result = {}
+    for key, shape, dtype in shapes:
+        value = (
+            tensors[key].to(place.device)
+            if place.main
+            else torch.empty(shape, dtype=dtype, device=place.device)
+        )
+        dist.broadcast(value, 0)
+        result[key] = tensors[key] if place.main else value.cpu()
+    return result
 
 
 def on_main(place: Place, make: Callable[[], T]) -> T:
@@ -166,17 +173,23 @@ def _store(timeout_s: float) -> Store:
 class StopRequests:
     """Remembers SIGTERM, SIGUSR1 and Ctrl-C until the loop asks; a second Ctrl-C interrupts at once.
 
-    One rank's request stops all ranks at the same step: the loop combines the flags.
+    One rank's request stops all ranks at the same step: the loop combines the flags. `listen`: to signals; without
+    it they stay the caller's.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, listen: bool) -> None:
         self.received: str | None = None
+        self._listen = listen
         self._earlier: dict[signal.Signals, Any] = {}
 
+    def ask(self, why: str) -> None:
+        """Ask for an end, as a signal does."""
+        self.received = self.received or why
+
     def __enter__(self) -> StopRequests:
-        if threading.current_thread() is threading.main_thread():
+        if self._listen and threading.current_thread() is threading.main_thread():
             self._earlier = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
         return self
 
@@ -187,7 +200,7 @@ class StopRequests:
     def _receive(self, number: int, _frame: Any) -> None:
         if number == signal.SIGINT and self.received == "SIGINT":
             raise KeyboardInterrupt
-        self.received = self.received or signal.Signals(number).name
+        self.ask(signal.Signals(number).name)
 
 
 # ---- who is alive

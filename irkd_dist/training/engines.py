@@ -30,6 +30,7 @@ from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.distill.module import Distiller
 from irkd_dist.errors import Passing, UserError
+from irkd_dist.training import virtual
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COLLECTIVE_TIMEOUT = timedelta(
@@ -45,6 +46,7 @@ class Engine:
     settles = (
         True  # its first backward fixes the order of its sums, so one is thrown away: resuming is exact then
     )
+    exact = False  # whether any number of processes adds gradients up in the same order
 
     def __init__(self, accelerator: Accelerator, autocast: torch.dtype | None) -> None:
         self.accelerator = accelerator
@@ -53,9 +55,11 @@ class Engine:
         self.world: int = accelerator.num_processes
         self.main = self.rank == 0
         self.device = _numbered(accelerator.device)
+        self.owns_group = True  # the process group began with this engine, and ends with it
         self.module: nn.Module = nn.Identity()
         self.student: nn.Module = nn.Identity()
         self.optimizer: torch.optim.Optimizer
+        self.shapes: dict[str, torch.Size] = {}  # of the student's weights, before they are sharded
         self._clip: float | None = None
 
     def prepare(
@@ -64,6 +68,7 @@ class Engine:
         """Spread the student; returns the module to call. `optimizer` stays the object whose groups hold the rate."""
         distiller.inner_grad_context = self.inner_grad_context(distiller.student)
         self.student, self.optimizer, self._clip = distiller.student, optimizer, clip
+        self.shapes = {k: v.shape for k, v in distiller.student.state_dict().items()}
         self.module = self._wrap(distiller.to(self.device), accumulate)
         return self.module
 
@@ -84,10 +89,27 @@ class Engine:
         """Differentiate the loss; gradients add up over micro-batches and are averaged over processes."""
         loss.backward()
 
-    def step(self) -> None:
-        """Clip, step the optimizer, clear the gradients."""
+    def step(self) -> Tensor:
+        """Clip, step the optimizer, clear the gradients.
+
+        Returns:
+            1 if the norm of the gradient is not finite, else 0: a scalar on the device, the same on every process.
+            AdamW changes nothing then; nobody waits to know.
+        """
+        skipped = (~torch.isfinite(self._norm())).float()
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # what GradScaler sets for a fused optimizer
+        self._update()
+        return skipped
+
+    def _norm(self) -> Tensor:
+        """Norm of the whole gradient, before it is clipped here."""
         if self._clip is not None:
-            nn.utils.clip_grad_norm_(self.student.parameters(), self._clip)
+            norm = nn.utils.clip_grad_norm_(self.student.parameters(), self._clip)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.student.parameters() if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -129,9 +151,34 @@ class Engine:
         return value.to(on, copy=True)
 
     def finish(self) -> None:
-        """Leave the process group."""
-        if dist.is_initialized():
+        """Leave the process group, if it is this engine's own."""
+        if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
+
+
+class Exact(Engine):
+    """Virtual ranks under DDP: the gradients of the slices are added in one order, whoever computed them."""
+
+    settles = False
+    exact = True
+    _sums: virtual.TreeSum
+
+    def _wrap(self, distiller: Distiller, accumulate: int) -> nn.Module:
+        self._sums = virtual.TreeSum()
+        return distiller
+
+    @contextmanager
+    def micro_batch(self, last: bool):
+        yield
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        self._sums.add([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+        for parameter in parameters:
+            parameter.grad = None
+        if last:
+            total = self._sums.total()
+            virtual.sum_over_processes(total, self.rank, self.world)
+            for parameter, gradient in zip(parameters, total, strict=True):
+                parameter.grad = gradient.div_(self.world)
 
 
 class Fsdp2(Engine):
@@ -158,9 +205,9 @@ class Fsdp2(Engine):
         self.student.set_requires_gradient_sync(last)
         yield
 
-    def step(self) -> None:
+    def step(self) -> Tensor:
         release(self.student)
-        super().step()
+        return super().step()
 
     def discard(self) -> None:
         release(self.student)
@@ -211,12 +258,17 @@ class Zero(Engine):
 
     def _wrap(self, distiller: Distiller, accumulate: int) -> nn.Module:
         deepspeed = import_deepspeed()
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=distiller,
-            optimizer=self.optimizer,
-            dist_init_required=False,
-            config=self._settings,
-        )
+        alone = "LOCAL_RANK" not in os.environ  # a single process without a launcher; DeepSpeed asks for it
+        os.environ.setdefault("LOCAL_RANK", "0")
+        with _without_launchers_choices():
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=distiller,
+                optimizer=self.optimizer,
+                dist_init_required=False,
+                config=self._settings,
+            )
+        if alone:
+            del os.environ["LOCAL_RANK"]
         return self._deepspeed
 
     @contextmanager
@@ -228,7 +280,17 @@ class Zero(Engine):
         # times one: at stage 0 DeepSpeed's hook on its own output would divide by the micro-batches all the same
         self._deepspeed.backward(loss * 1.0, scale_wrt_gas=False)
 
-    def step(self) -> None:
+    def _norm(self) -> Tensor:
+        inner = self._deepspeed.optimizer
+        if self._stage == 0:
+            return super()._norm()
+        parts = [g for group in inner.averaged_gradients.values() for g in group or () if g is not None]
+        norm = nn.utils.get_total_norm(parts).to(self.device)  # of this process's part
+        if self.world > 1:
+            dist.all_reduce(norm)  # a sum of norms: as finite as the norm of all
+        return norm
+
+    def _update(self) -> None:
         self._deepspeed.step()
 
     def discard(self) -> None:
@@ -344,7 +406,7 @@ class Zero(Engine):
 
 
 def setup(config: Config) -> Engine:
-    """Join the other processes, if a launcher started any, and make the engine.
+    """Join the other processes, if a launcher started any, and make the engine; the environment stays as it is.
 
     Raises:
         UserError: the launcher's choices disagree with ours, bf16 is asked for and the device has none, deepspeed is
@@ -359,24 +421,39 @@ def setup(config: Config) -> Engine:
     _check_precision(config.precision)
     name = choose(config)
     settings = _zero_settings(config, int(name[-1])) if name.startswith("zero") else {}
-    for key in [k for k in os.environ if k.startswith(("ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "FSDP_"))]:
-        del os.environ[key]  # read above; accelerate would wrap with its own defaults
-    announced = int(os.environ.get("WORLD_SIZE", "1"))
+    announced, owns_group = int(os.environ.get("WORLD_SIZE", "1")), not dist.is_initialized()
     # without the backend's name accelerate may leave each CPU process believing that it is alone
     backend = "nccl" if cuda else "gloo"
     handlers: list[Any] = []
-    if announced > 1 and not dist.is_initialized():
+    if announced > 1 and owns_group:
         handlers = [InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)]
-    accelerator = Accelerator(mixed_precision="no", cpu=not cuda, kwargs_handlers=handlers)
+    with _without_launchers_choices():
+        accelerator = Accelerator(mixed_precision="no", cpu=not cuda, kwargs_handlers=handlers)
     if announced != accelerator.num_processes:
         raise UserError(f"WORLD_SIZE={announced}, but only {accelerator.num_processes} process joined")
     if name != "ddp" and not dist.is_initialized():  # these need a group, be it of one
-        os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     autocast = autocast_dtype(config.precision, accelerator.device)
-    if name == "fsdp2":
-        return Fsdp2(accelerator, autocast)
-    return Zero(accelerator, autocast, settings) if settings else Engine(accelerator, autocast)
+    engine: Engine
+    if settings:
+        engine = Zero(accelerator, autocast, settings)
+    elif name == "fsdp2":
+        engine = Fsdp2(accelerator, autocast)
+    else:
+        engine = (Exact if config.data.virtual_ranks else Engine)(accelerator, autocast)
+    engine.owns_group = owns_group
+    return engine
+
+
+@contextmanager
+def _without_launchers_choices():
+    """Around what accelerate reads from the environment: it would wrap with its own defaults."""
+    own = [k for k in os.environ if k.startswith(("ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "FSDP_"))]
+    kept = {key: os.environ.pop(key) for key in own}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def choose(config: Config) -> str:

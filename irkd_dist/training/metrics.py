@@ -3,51 +3,61 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from irkd_dist.data.loader import Batch, Loader
+from irkd_dist.config import Loss
+from irkd_dist.data.loader import Loader
+from irkd_dist.distill import measure
 from irkd_dist.training import distributed
-from irkd_dist.training.setup import Job
+from irkd_dist.training.distributed import Place
+from irkd_dist.training.engines import Engine
+from irkd_dist.training.step import Taken
 
 TERMS = ("total", "ce", "kd", "saliency", "correct", "flat", "samples", "steps", "aligned", "wait_s")
 
 
-def row(rows: list[dict[str, Tensor]], batch: Batch, loader: Loader, like: Tensor) -> Tensor:
-    """One step's terms, summed over its micro-batches, in the order of TERMS."""
-    terms: dict[str, Tensor] = {}
-    for part in rows:
+def row(taken: Taken, wait_s: float) -> Tensor:
+    """A step's terms, summed over its micro-batches, in the order of TERMS; skipped: zeros but for the wait."""
+    one = torch.ones_like(taken.skipped)
+    values: dict[str, Tensor] = {"samples": taken.samples, "steps": one}
+    for part in taken.terms:
         for key, value in part.items():
-            terms[key] = terms.get(key, like.new_zeros(())) + value.detach()
-    one = like.new_ones(())
-    values = {
-        **terms,
-        "samples": (batch.weight > 0).sum(),
-        "steps": one,
-        "wait_s": like.new_full((), loader.wait_s),
-    }
-    if "saliency" in terms:
+            values[key] = values.get(key, torch.zeros_like(one)) + value.detach()
+    if "saliency" in values:
         values["aligned"] = one
-    loader.wait_s = 0.0
-    return torch.stack([values[k].float() if k in values else like.new_zeros(()) for k in TERMS])
+    terms = torch.stack([values[k].float() if k in values else torch.zeros_like(one) for k in TERMS[:-1]])
+    terms = torch.where(taken.skipped > 0, torch.zeros_like(terms), terms)
+    return torch.cat([terms, one.mul(wait_s)[None]])
 
 
-def means(job: Job, sums: Tensor) -> tuple[dict[str, float], int]:
-    """Means over steps and processes of each process's summed rows, and the number of images."""
-    row = dict(zip(TERMS, distributed.total(job.engine, sums).tolist(), strict=True))
-    steps = max(row["steps"], 1.0)  # summed over the processes, as are the terms
-    result = {k: row[k] / steps for k in ("total", "ce")}
-    if job.config.loss.kd.alpha:
-        result["kd"] = row["kd"] / steps
-    if job.config.loss.saliency.gamma:
+def means(place: Place, sums: Tensor, loss: Loss) -> tuple[dict[str, float], int]:
+    """Means over steps and processes of each process's summed rows, and the number of images.
+
+    Empty but for `wait_s` where no step was taken: that is no loss of 0.
+    """
+    row = dict(zip(TERMS, distributed.total(place, sums).tolist(), strict=True))
+    waited = {"wait_s": row["wait_s"] / place.world}
+    if not row["steps"]:
+        return waited, 0
+    result = {
+        k: row[k] / row["steps"] for k in ("total", "ce")
+    }  # summed over the processes, as are the steps
+    if loss.kd.alpha:
+        result["kd"] = row["kd"] / row["steps"]
+    if loss.saliency.gamma:
         aligned = max(row["aligned"], 1.0)  # steps at which it was computed
         result |= {"saliency": row["saliency"] / aligned, "flat_maps": row["flat"] / aligned}
-    result |= {
-        "accuracy": row["correct"] / max(row["samples"], 1.0),
-        "wait_s": row["wait_s"] / job.engine.world,
-    }
-    return result, int(row["samples"])
+    return result | {"accuracy": row["correct"] / row["samples"]} | waited, int(row["samples"])
+
+
+def accuracy(engine: Engine, model: nn.Module, loader: Loader, who: str) -> float:
+    """Top-1 accuracy over all processes, from integer counts: each sample once."""
+    counts = measure.correct_and_count(model, loader.batches(0), engine.autocast)
+    right, count = distributed.total(engine, counts).tolist()
+    return right / count
 
 
 def bar_text(means: dict[str, float], rate: float, best: float) -> str:
+    """The losses of the last lines beside a progress bar."""
     terms = "  ".join(f"{k} {means[k]:.3f}" for k in ("ce", "kd", "saliency") if k in means)
     return f"{terms}  {rate:.0f} img/s" + (f"  val {best:.2%}" if best >= 0 else "")

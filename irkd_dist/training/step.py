@@ -1,88 +1,106 @@
-"""One optimisation step: the batch in parts, teacher and student on each, and whether the losses are finite."""
+"""One optimisation step: the batch in parts, teacher and student on each, and whether it was taken."""
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from irkd_dist import faults
+from irkd_dist.config import Optim, Saliency
 from irkd_dist.data.loader import Batch
 from irkd_dist.distill.module import Targets
-from irkd_dist.training import distributed, optim
-from irkd_dist.training.setup import Job, Position
+from irkd_dist.distill.teacher import Teacher
+from irkd_dist.training import curriculum, guard, optim, virtual
+from irkd_dist.training.engines import Engine
+from irkd_dist.training.position import Position
+
+if TYPE_CHECKING:
+    from irkd_dist.training.build import Parts
 
 
-class NotFinite(Exception):
-    """A rank's loss is not finite; no rank has taken the step. Holds the names of those ranks."""
+@dataclass(frozen=True)
+class Taken:
+    """How a step went; all of it is on the device."""
 
-    def __init__(self, ranks: list[str]) -> None:
-        super().__init__(", ".join(ranks))
-        self.ranks = ranks
+    terms: list[dict[str, Tensor]]  # loss terms of each micro-batch
+    skipped: Tensor  # 1: the gradient was not finite, and no process has taken the step; else 0
+    mine: Tensor  # 1: a loss of this process was not finite
+    samples: Tensor  # of this process's share
 
 
-def take(
-    job: Job, batch: Batch, alpha: float, gamma: float, step: int, wishes: list[bool]
-) -> tuple[list[dict[str, Tensor]], list[bool]]:
-    """Take one step on all ranks, or on none.
+def take(parts: Parts, batch: Batch, alpha: float, gamma: float, step: int) -> Taken:
+    """Take one step on all ranks, or on none: then weights and moments are as they were."""
+    config, engine, terms = parts.config, parts.engine, []
+    mine = torch.zeros((), device=engine.device)
+    pieces = slices(batch, config.data.virtual_ranks, engine, config.optim.accumulate)
+    buffers = None
+    for i, (rank, part, piece) in enumerate(pieces):
+        torch.manual_seed(virtual.seed(config.seed, step, rank, part))
+        with engine.micro_batch(last=i == len(pieces) - 1):
+            made = forward(parts.module, parts.teacher, config.loss.saliency, piece, alpha, gamma, step)
+            loss = _faulty(made["total"], parts.student, engine, step)
+            mine = torch.maximum(mine, (~torch.isfinite(loss.detach())).float())
+            engine.backward(guard.poisoned(loss))
+        terms.append({**made, "total": loss})
+        if (
+            config.data.virtual_ranks and buffers is None
+        ):  # BatchNorm's statistics are those of the first slice
+            buffers = [(b, b.clone()) for b in parts.student.buffers()]
+    for buffer, kept in buffers or ():
+        buffer.copy_(kept)
+    return Taken(terms, engine.step(), mine, (batch.weight > 0).sum())
 
-    Returns:
-        The loss terms of each micro-batch, and for each of this rank's `wishes` whether any rank has it: they travel
-        with what is exchanged anyway.
 
-    Raises:
-        NotFinite: on all ranks alike; weights and moments are as they were.
+def slices(batch: Batch, count: int | None, engine: Engine, accumulate: int) -> list[tuple[int, int, Batch]]:
+    """A process's share as (rank, part, micro-batch): its seed's rank and part, and what it computes at once.
+
+    With `count` virtual ranks a slice each, where a process carries whole ones; otherwise the process's own rank, in
+    `accumulate` parts. Every process has the same number of them, since sharded engines gather parameters in each: a
+    sample of weight 0 where a slice has none.
     """
-    engine, count = job.engine, job.config.optim.accumulate
-    rows, granted = [], wishes
-    for i, part in enumerate(parts(batch, count)):
-        torch.manual_seed(seed(job.config.seed, step, engine.rank, i))
-        with engine.micro_batch(last=i == count - 1):
-            terms = forward(job, part, alpha, gamma, step)
-            for kind in faults.inject("loss", step, engine.rank):
-                terms["total"] = terms["total"] * float(kind)
-            # before the backward: no gradient of any rank has yet met another's
-            wrong = ~torch.isfinite(terms["total"].detach())
-            bad, *granted = distributed.any_of(engine, wrong, *wishes)
-            if bad:
-                engine.discard()
-                told = distributed.gather(engine, distributed.name(engine) if bool(wrong) else None)
-                raise NotFinite([name for name in told if name])
-            engine.backward(terms["total"])
-        rows.append(terms)
-    engine.step()
-    return rows, granted
+    if count is None or not virtual.exact(count, engine.world):
+        return [(engine.rank, i, part) for i, part in enumerate(parts(batch, accumulate))]
+    carried = virtual.carried(count, engine.rank, engine.world)
+    rows = [torch.nonzero(batch.positions % count == rank).squeeze(1) for rank in carried]
+    return [
+        (rank, 0, _rows(batch, own) if len(own) else _nothing(batch))
+        for rank, own in zip(carried, rows, strict=True)
+    ]
 
 
 def parts(batch: Batch, count: int) -> list[Batch]:
-    """A rank's share in `count` micro-batches, in order; one without a sample gets the first with weight 0.
-
-    Every rank has the same number of them, since sharded engines gather parameters in each.
-    """
+    """A rank's share in `count` micro-batches, in order; one without a sample gets the first with weight 0."""
     if count == 1:
         return [batch]
     n = len(batch.ids)
     bounds = [round(i * n / count) for i in range(count + 1)]
     return [
-        _rows(batch, torch.arange(a, b))
-        if b > a
-        else _rows(batch, torch.zeros(1, dtype=torch.long), weight=0.0)
-        for a, b in itertools.pairwise(bounds)
+        _rows(batch, torch.arange(a, b)) if b > a else _nothing(batch) for a, b in itertools.pairwise(bounds)
     ]
 
 
-def forward(job: Job, batch: Batch, alpha: float, gamma: float, step: int) -> dict[str, Tensor]:
+def forward(
+    module: nn.Module,
+    teacher: Teacher | None,
+    spec: Saliency,
+    batch: Batch,
+    alpha: float,
+    gamma: float,
+    step: int,
+) -> dict[str, Tensor]:
     """Teacher and student on one rank's share of a batch; returns the loss terms of `Distiller.forward`.
 
     Saliency is aligned on every `every`-th step, for the first `fraction` of the global batch's positions; a rank's
     share ascends in position, so that these are its first samples. Each rank runs the same forwards: one that has no
     sample to align, or none besides those, takes a sample of weight 0.
     """
-    spec = job.config.loss.saliency
     chosen = math.ceil(spec.fraction * batch.size) if gamma and step % spec.every == 0 else 0
     own = int((batch.positions < chosen).sum()) if chosen else 0
     aligned, index, weights = own, torch.arange(len(batch.ids)), batch.weight
@@ -98,28 +116,48 @@ def forward(job: Job, batch: Batch, alpha: float, gamma: float, step: int) -> di
         batch = replace(_rows(batch, index), weight=weights)
     target = batch.labels if batch.targets is None else batch.targets
     targets = Targets()
-    if job.teacher is not None:
+    if teacher is not None:
         images = batch.images if batch.full is None else batch.full
-        targets = job.teacher(images, target, aligned, logits=alpha > 0)
+        targets = teacher(images, target, aligned, logits=alpha > 0)
     scale = batch.size / chosen if chosen else 1.0
-    return job.module(batch.images, target, batch.weight, targets, alpha, gamma if chosen else 0.0, scale)
+    return module(batch.images, target, batch.weight, targets, alpha, gamma if chosen else 0.0, scale)
 
 
-def learning_rate(job: Job, position: Position, stage_steps: int, run_steps: int) -> float:
+def learning_rate(
+    spec: Optim, plan: curriculum.Plan, position: Position, stage_steps: int, run_steps: int
+) -> float:
     """The rate of the step that `position` stands before; pure, so that a resumed run has the same."""
-    spec, policy = job.config.optim.schedule, job.config.optim.policy
-    over_stage = spec.span == "stage" or (spec.span == "auto" and policy == "reset")
+    schedule, policy = spec.schedule, spec.policy
+    over_stage = schedule.span == "stage" or (schedule.span == "auto" and policy == "reset")
     step, steps = (position.stage_step, stage_steps) if over_stage else (position.step, run_steps)
-    factor = optim.lr_factor(spec.kind, step, steps, spec.warmup, spec.start, spec.final)
+    factor = optim.lr_factor(schedule.kind, step, steps, schedule.warmup, schedule.start, schedule.final)
     if policy == "rewarm" and position.curriculum.stage > 0:
-        factor *= optim.rewarm_factor(position.stage_step, job.config.optim.rewarm_steps)
-    return job.plan.stages[position.curriculum.stage].lr * factor
+        factor *= optim.rewarm_factor(position.stage_step, spec.rewarm_steps)
+    return plan.stages[position.curriculum.stage].lr * factor
 
 
-def seed(seed: int, step: int, rank: int, part: int = 0) -> int:
-    """Seed of dropout and drop-path at a step: a resumed run draws what an unbroken one does."""
-    key = f"{seed}/{step}/{rank}" + (f"/{part}" if part else "")
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
+def _faulty(loss: Tensor, student: nn.Module, engine: Engine, step: int) -> Tensor:
+    """The loss, or what a fault on purpose makes of it or of one element of its gradient."""
+    for kind in faults.inject("loss", step, engine.rank):
+        loss = loss * float(kind)
+    for kind in faults.inject("gradient", step, engine.rank):
+        parameter = next(p for p in student.parameters() if p.requires_grad)
+
+        handles: list[RemovableHandle] = []
+        handles.append(parameter.register_hook(functools.partial(_spoil, float(kind), handles)))
+    return loss
+
+
+def _spoil(value: float, handles: list[RemovableHandle], gradient: Tensor) -> Tensor:
+    handles.pop().remove()
+    gradient = gradient.clone()
+    gradient.view(-1)[0] = value
+    return gradient
+
+
+def _nothing(batch: Batch) -> Batch:
+    """The first sample with weight 0."""
+    return _rows(batch, torch.zeros(1, dtype=torch.long), weight=0.0)
 
 
 def _rows(batch: Batch, index: Tensor, weight: float | None = None) -> Batch:

@@ -8,8 +8,10 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import socket
+import subprocess
 import sys
 import time
 import urllib.parse
@@ -17,14 +19,17 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from irkd_dist import runfolder
+from irkd_dist import __version__, runfolder
 from irkd_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from irkd_dist.checkpoint import Writer
 
 
 class Tracker:
@@ -97,6 +102,16 @@ class Tracker:
             for key, value in values.items():
                 self._backend.add_scalar(key, value, step)
 
+    def written(self, writer: Writer) -> None:
+        """Record the checkpoints that were written, or not, since the last call."""
+        for done in writer.results():
+            told = {"name": done.name, "seconds": round(done.seconds, 4)}
+            if done.error is None:
+                self.event("checkpoint", done.step, **told)
+            else:
+                self.event("checkpoint_failed", done.step, **told, error=done.error)
+                self.say(f"warning: {done.error}; training goes on, and the next checkpoint tries again")
+
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         self.console.print(text)
@@ -150,6 +165,36 @@ def count_bar(what: str) -> Iterator[tuple[Any, Any]]:
                 terminal.print(f"{done} of {total} {what}")
 
         yield progress, terminal.print
+
+
+def provenance() -> dict[str, str]:
+    """What was asked of which code: the command, and the version or, of a checkout, the commit."""
+    return {"command": shlex.join(["irkd", *sys.argv[1:]]), "version": __version__, "commit": _commit()}
+
+
+def _commit() -> str:
+    """The commit of the package's checkout, with a + if files of it were changed since; empty if it is none."""
+    package = Path(__file__).resolve().parents[1]
+    git = ["git", "-C", str(package)]
+    try:
+        found = subprocess.run(
+            [*git, "rev-parse", "--show-prefix", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+        lines = found.stdout.split()
+        # installed into somebody's checkout, such as into its .venv, it is no part of it
+        if found.returncode or lines[0] != f"{package.name}/":
+            return ""
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no", "."],
+            capture_output=True, text=True, timeout=5, check=False,
+        )  # fmt: skip
+        return lines[1][:12] + ("+" if changed.stdout.strip() else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def reach(backend: str, mode: str) -> str:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
-from irkd_dist.training import distributed, engines, setup, step
+from irkd_dist.training import build, distributed, engines, step
 
 CASES = {
     "gradient": {},
@@ -66,7 +66,7 @@ def run_case(overrides: dict[str, object], base: list[str], out: Path) -> dict[s
     except UserError:
         return None  # which cases are refused is compared in the test
     engine = engines.setup(config)
-    job = setup.build(config, engine)
+    job = build.build(config, engine)
     if config.teacher is not None and config.teacher.shard and engine.world > 1:
         assert job.teacher is not None
         parameters = list(job.teacher.model.parameters())
@@ -74,14 +74,16 @@ def run_case(overrides: dict[str, object], base: list[str], out: Path) -> dict[s
         # rows are dealt out whole: a rank may hold one more row of each parameter than its part
         slack = sum(p[0].numel() for p in parameters)
         assert held <= sum(p.numel() for p in parameters) / engine.world + slack
-    loader, validation = setup.loaders(job, job.stages[0])
+    loader, validation = build.loaders(job, job.plan.stages[0])
     batches = list(loader.batches(1))
     batch = batches[-1] if "smoothing" in str(overrides) else batches[1]
     loss, count = config.loss, config.optim.accumulate
     sums = dict.fromkeys(("total", "ce", "kd", "saliency"), torch.zeros(()))
     for i, part in enumerate(step.parts(batch, count)):
         with engine.micro_batch(last=i == count - 1):
-            terms = step.forward(job, part, loss.kd.alpha, loss.saliency.gamma, step=0)
+            terms = step.forward(
+                job.module, job.teacher, loss.saliency, part, loss.kd.alpha, loss.saliency.gamma, step=0
+            )
             engine.backward(terms["total"])
         sums = {key: value + terms.get(key, torch.zeros(())).detach() for key, value in sums.items()}
     real = batch.weight > 0

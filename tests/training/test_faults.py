@@ -58,11 +58,11 @@ def test_killed_in_a_step_a_write_a_transition_and_a_reset(config: Path, unbroke
 def test_a_request_to_one_rank_stops_all_at_one_step(config: Path, unbroken: Path) -> None:
     run = config.parent / "asked"
     done = strike(config, "asked", 2, Fault("term", "sigterm@step:4:1"))
-    assert "stopped at step 5 (rank 1" in done.text
+    assert "stopped at step 6 (rank 1" in done.text  # wishes are read a step late
     assert "SIGTERM" in done.text
     assert status(run) == "stopped"
-    assert json.loads((run / "status.json").read_text())["step"] == 5
-    assert (run / "checkpoints" / "step-00000005").is_dir()
+    assert json.loads((run / "status.json").read_text())["step"] == 6
+    assert (run / "checkpoints" / "step-00000006").is_dir()
     # twice, the first in the middle of a write, the second to the other rank
     done = strike(config, "asked", 2, Fault("usr1", "sigusr1@write:9:0,sigusr1@step:10:1"))
     assert "SIGUSR1" in done.text
@@ -78,7 +78,7 @@ def test_a_request_ends_a_single_process_with_code_75(config: Path) -> None:
     done = finish(start(config, "single", 1))
     assert done.code == 0
     assert "skipped checkpoint" in done.text
-    assert "step-00000005" in done.text
+    assert "step-00000006" in done.text
 
 
 def test_a_stopped_rank_is_named_in_time_and_a_killed_launcher_leaves_no_orphan(
@@ -115,6 +115,20 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_taken_by_none(config: Path, ki
     assert "step 6: the loss of rank 1" in done.text
     assert [e["step"] for e in of(config.parent / kind, "skip")] == [6]
     assert losses_of(config.parent / kind, config.parent / f"told-{kind}", {6}) == []
+
+
+@pytest.mark.parametrize(("engine", "world"), [("ddp", 2), ("fsdp2", 2), ("zero1", 1), ("ddp", 1)])
+def test_one_element_of_one_ranks_gradient_that_is_not_finite_is_taken_by_none(
+    config: Path, engine: str, world: int
+) -> None:
+    """The loss is finite: without a guard of the gradient, the weights would be NaN from here on."""
+    name, more = f"gradient-{engine}-{world}", [f"engine={engine}"]
+    assert finish(start(config, f"told-{name}", world, *more, "data.leave_out=[6]")).code == 0
+    done = strike(config, name, world, Fault("nan", f"nan@gradient:6:{world - 1}"), *more)
+    assert done.code == 0, done.text[-3000:]
+    assert "step 6: the gradient, not a loss, is not finite" in done.text
+    assert [e["step"] for e in of(config.parent / name, "skip")] == [6]
+    assert losses_of(config.parent / name, config.parent / f"told-{name}", {6}) == []
 
 
 def test_over_the_limit_the_run_goes_back_once_and_then_stops(config: Path) -> None:

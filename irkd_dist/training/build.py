@@ -1,0 +1,250 @@
+"""From a configuration to the parts of a run; nothing is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from irkd_dist import __version__, checkpoint, networks, runfolder
+from irkd_dist import config as configuration
+from irkd_dist.config import Config, Stage
+from irkd_dist.data import loader as loading
+from irkd_dist.data import shards
+from irkd_dist.data.loader import Loader
+from irkd_dist.distill import models
+from irkd_dist.distill.measure import TappedModel
+from irkd_dist.distill.module import Distiller, Objective
+from irkd_dist.distill.teacher import Teacher, freeze
+from irkd_dist.errors import UserError
+from irkd_dist.training import curriculum, engines, optim, preflight, restore
+from irkd_dist.training.curriculum import StagePlan
+from irkd_dist.training.engines import Engine
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of; all of it lives as long as the run."""
+
+    config: Config
+    engine: Engine
+    manifest: shards.Manifest
+    plan: curriculum.Plan
+    student: nn.Module  # the network itself
+    module: nn.Module  # Distiller in the engine's wrapper
+    optimizer: torch.optim.Optimizer  # its groups hold the learning rate; the engine steps it
+    teacher: Teacher | None
+    taps: list[str]  # module paths in the student; empty if it has none that the method reads
+    identity: dict[str, Any]  # written into every checkpoint: model, classes, normalisation, digests
+    notes: list[str]  # what a user should know before the first step
+
+    @property
+    def tapped(self) -> TappedModel:
+        """The student as its maps are read for panels and agreement."""
+        return TappedModel(self.student, self.taps, self.config.loss.saliency.method, self.engine.autocast)
+
+
+def build(config: Config, engine: Engine) -> Parts:
+    """Check everything, then build it.
+
+    Raises:
+        UserError: shards, teacher and configuration do not fit together.
+    """
+    manifest = shards.load_manifest(Path(config.data.shards))
+    stages = configuration.stages(config)
+    preflight.check_data(config, engine, manifest)
+    notes = preflight.notes(config, engine)
+
+    torch.manual_seed(config.seed)
+    student, arguments = networks.create_student(config, len(manifest.classes))
+    patch = models.patch_size(student)
+    if patch is not None:
+        configuration.check_resolutions(config, patch, "student")
+    teacher, folders, taps = None, _no_folders(stages), networks.taps_alone(config, student)
+    if config.teacher is not None:
+        network = networks.load_teacher(config, manifest)
+        pairs, tap_notes = networks.tap_pairs(config, student, network.model)
+        notes += tap_notes
+        taps = [s.path for s, _ in pairs]
+        teacher = _teacher(config, engine, network, manifest, [t.path for _, t in pairs])
+        folders = _teacher_folders(config, stages, network.folder, notes)
+    method = config.loss.saliency.method
+    second_order = config.loss.saliency.gamma > 0 and method != "attention"
+    if second_order or engine.device.type == "cpu":
+        # fused kernels have no second derivative, and on a CPU their backward is slower than explicit products
+        models.without_fused_attention(student)
+    preflight.check_forward(config, manifest, stages, student, taps, teacher)
+
+    distiller = Distiller(student, _objective(config, taps), engine.autocast)
+    groups = optim.parameter_groups(student, config.optim.weight_decay)
+    # fused: one pass over each tensor, the same arithmetic on every device, and it can leave an update out there
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
+    )
+    if teacher is not None and restore.teacher_sharded(config, engine):
+        engines.shard(teacher.model, engine.device)
+    module = engine.prepare(distiller, optimizer, config.optim.clip, config.optim.accumulate)
+    identity = {
+        "model": arguments,
+        "classes": manifest.classes,
+        "mean": manifest.mean,
+        "std": manifest.std,
+        "taps": taps,
+        "method": method,
+        "precision": "bf16" if engine.autocast else "fp32",
+        "threads": torch.get_num_threads(),
+        "config": configuration.to_dict(config),
+        "data_digest": data_digest(manifest),
+        "teacher_digest": _digests(folders) if config.teacher and config.teacher.run else None,
+        "package_version": __version__,
+    }
+    plan = _plan(config, stages, folders)
+    parts = Parts(
+        config, engine, manifest, plan, student, module, optimizer, teacher, taps, identity, notes
+    )  # fmt: skip
+    if engine.settles and engine.world > 1:
+        preflight.settle(parts)
+    return parts
+
+
+def loaders(parts: Parts, stage: StagePlan) -> tuple[Loader, Loader]:
+    """The training loader of a stage and the one it is validated with (test split if there is no validation)."""
+    config, engine, manifest = parts.config, parts.engine, parts.manifest
+    data = config.data
+    augment = loading.Augment(mode=manifest.mode, **asdict(config.augment))
+    train = Loader(
+        Path(data.shards), manifest, "train", stage.resolution, batch=stage.batch, seed=config.seed,
+        rank=engine.rank, world=engine.world, augment=augment,
+        full_resolution=max(manifest.resolutions) if full_view(config) else None, cache=data.cache,
+        device=engine.device, workers=data.workers, verify="size", subset=data.subset,
+    )  # fmt: skip
+    return train, evaluation_loader(config, manifest, engine, held_out(manifest), stage.resolution)
+
+
+def evaluation_loader(
+    config: Config, manifest: shards.Manifest, engine: Engine, split: str, resolution: int, full: bool = False
+) -> Loader:
+    """A loader for measuring: in order, normalised only. `full`: at the teacher's full resolution."""
+    data = config.data
+    return Loader(
+        Path(data.shards), manifest, split, max(manifest.resolutions) if full else resolution,
+        batch=max(data.batch, 256 * engine.world), seed=config.seed, rank=engine.rank, world=engine.world,
+        augment=None, cache=data.cache, device=engine.device, workers=data.workers, verify="size",
+        centre_crop=data.centre_crop,
+    )  # fmt: skip
+
+
+def full_view(config: Config) -> bool:
+    """Whether the teacher sees the full-resolution image."""
+    return config.teacher is not None and config.teacher.view == "full"
+
+
+def held_out(manifest: shards.Manifest) -> str:
+    """The split that stages are judged by."""
+    return "val" if "val" in manifest.splits else "test"
+
+
+def tokens_per_image(student: nn.Module, resolution: int) -> int:
+    """Patch tokens of an image at a resolution; pixels for a student without patches."""
+    return (resolution // (models.patch_size(student) or 1)) ** 2
+
+
+def data_digest(manifest: shards.Manifest) -> str:
+    """A digest of what the shards hold, whatever folder they are in."""
+    files = {
+        size: {split: [asdict(s) for s in files] for split, files in splits.items()}
+        for size, splits in manifest.shards.items()
+    }
+    return digest([manifest.classes, manifest.splits, manifest.mode, files])
+
+
+def digest(values: Any) -> str:
+    """16 hexadecimal digits of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def config_digest(config: Config) -> str:
+    """Of the semantic keys: what decisions depend on."""
+    return digest(configuration.semantic_keys(configuration.to_dict(config)))
+
+
+def _objective(config: Config, taps: list[str]) -> Objective:
+    kd, saliency = config.loss.kd, config.loss.saliency
+    kinds = (config.loss.form, kd.kind, kd.temperature, saliency.method, saliency.normalization)
+    return Objective(*kinds, tuple(taps))
+
+
+def _plan(config: Config, stages: list[Stage], teachers: list[Path | None]) -> curriculum.Plan:
+    start_from = config.curriculum.start_from if config.curriculum is not None else "last"
+    planned = []
+    for s, teacher in zip(stages, teachers, strict=True):
+        batch = configuration.stage_batch(config, s.resolution)
+        lr = configuration.stage_lr(config, s.resolution)
+        ends = (s.epochs or 1, s.min_epochs or 1, s.patience, s.target, s.minutes, s.tokens)
+        planned.append(StagePlan(s.resolution, batch, lr, *ends, str(teacher) if teacher else None))
+    return curriculum.Plan(tuple(planned), config.optim.policy, start_from)
+
+
+def _teacher(
+    config: Config, engine: Engine, network: networks.Network, manifest: shards.Manifest, paths: list[str]
+) -> Teacher:
+    saliency = config.loss.saliency
+    renormalize = None
+    if config.teacher is not None and config.teacher.renormalize:
+        ours_mean, ours_std = (
+            torch.tensor(v, device=engine.device).view(3, 1, 1) for v in (manifest.mean, manifest.std)
+        )
+        mean, std = (torch.tensor(v, device=engine.device).view(3, 1, 1) for v in (network.mean, network.std))
+        renormalize = (ours_std / std, (ours_mean - mean) / std)
+    inner_gradient = saliency.gamma > 0 and saliency.method != "attention"
+    if restore.teacher_sharded(config, engine):  # shards are of one type, and reach the device one by one
+        model = freeze(network.model, None, inner_gradient, engine.device)
+    else:
+        model = freeze(network.model.to(engine.device), engine.autocast, inner_gradient, engine.device)
+    return Teacher(model, paths, saliency.method, engine.autocast, renormalize)
+
+
+def _teacher_folders(config: Config, stages: list[Stage], final: Path, notes: list[str]) -> list[Path | None]:
+    """Teacher checkpoint of each stage; None where its weights are not a run's."""
+    spec = config.teacher
+    assert spec is not None
+    folders: list[Path | None]
+    if spec.run is None:
+        folders = _no_folders(stages)
+    elif spec.schedule == "aligned":
+        folders = [*_aligned(runfolder.run_of(Path(spec.run)), len(stages))]
+    else:
+        folders = [final] * len(stages)
+    for i, stage in enumerate(stages):
+        if stage.teacher is not None:
+            folders[i] = checkpoint.find(Path(stage.teacher))[0]
+    if len(set(folders)) > 1:
+        named = (f"{s.resolution} px: {f}" for s, f in zip(stages, folders, strict=True))
+        notes.append("teacher checkpoints by stage: " + ", ".join(named))
+    return folders
+
+
+def _no_folders(stages: list[Stage]) -> list[Path | None]:
+    return [None] * len(stages)
+
+
+def _aligned(run: Path, count: int) -> list[Path]:
+    found = {runfolder.step_of(f): f for f in runfolder.steps(run / runfolder.CHECKPOINTS)}
+    if len(found) < count:
+        raise UserError(
+            f"teacher.schedule=aligned: {run} keeps {len(found)} checkpoints, {count} stages need as many; train the "
+            "teacher with checkpoint.keep_epochs=1"
+        )
+    last = max(found)
+    nearest = [min(found, key=lambda step, i=i: abs(step - last * (i + 1) / count)) for i in range(count)]
+    return [found[step] for step in nearest]
+
+
+def _digests(folders: list[Path | None]) -> str:
+    states = [checkpoint.load_state(f)["sha256"][checkpoint.STUDENT] if f else None for f in folders]
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]

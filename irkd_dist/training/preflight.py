@@ -1,0 +1,157 @@
+"""What is checked before a run starts, so that it does not fail in its fifth stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from irkd_dist import config as configuration
+from irkd_dist.config import Config, Stage
+from irkd_dist.data import shards
+from irkd_dist.distill import models
+from irkd_dist.distill.measure import TappedModel
+from irkd_dist.distill.module import Targets
+from irkd_dist.distill.teacher import Teacher
+from irkd_dist.errors import UserError
+from irkd_dist.training import distributed, virtual
+from irkd_dist.training.engines import Engine
+
+if TYPE_CHECKING:
+    from irkd_dist.training.build import Parts
+
+
+def check_data(config: Config, engine: Engine, manifest: shards.Manifest) -> None:
+    """Compare shards and configuration.
+
+    Raises:
+        UserError: on every rank alike; a split or a resolution is missing, or a file is damaged.
+    """
+    data = Path(config.data.shards)
+    if "train" not in manifest.splits:
+        raise UserError(f"{data} has no train split; it has {', '.join(manifest.splits)}")
+    if not {"val", "test"} & set(manifest.splits):
+        raise UserError(
+            f"{data} has neither a val nor a test split to judge stages by; render with --val-fraction 0.1"
+        )
+    if config.data.subset is not None and config.data.subset > manifest.splits["train"]:
+        raise UserError(
+            f"data.subset={config.data.subset}, but {data} has {manifest.splits['train']} training images"
+        )
+    if manifest.mode == "resize":
+        missing = sorted({s.resolution for s in configuration.stages(config)} - set(manifest.resolutions))
+        if missing:
+            raise UserError(
+                f"stages need {', '.join(map(str, missing))} px, but {data} was rendered at "
+                f"{', '.join(map(str, manifest.resolutions))}: render again with --resolutions "
+                + ",".join(str(r) for r in sorted({*missing, *manifest.resolutions}))
+            )
+    check_shards(config, engine, manifest)
+
+
+def used_shards(config: Config, manifest: shards.Manifest) -> list[tuple[Path, shards.Shard]]:
+    """Each file that a run will read."""
+    used = {s.resolution for s in configuration.stages(config)}
+    if manifest.mode == "crop":
+        used = set(manifest.resolutions)
+    elif config.teacher is not None and config.teacher.view == "full":
+        used.add(max(manifest.resolutions))
+    folder = Path(config.data.shards)
+    return [
+        (folder / f"r{r}" / shard.name, shard)
+        for r in sorted(used)
+        for split in manifest.shards[f"r{r}"].values()
+        for shard in split
+    ]
+
+
+def check_shards(config: Config, engine: Engine, manifest: shards.Manifest) -> None:
+    """Compare each file that the run will read with the manifest, in one of the processes.
+
+    Raises:
+        UserError: on every rank alike; files are missing, truncated or altered, or cannot be read.
+    """
+    files = used_shards(config, manifest)[engine.rank :: engine.world]
+    own = [
+        f"{file} {why}" for file, shard in files if (why := shards.damage(file, shard, config.data.verify))
+    ]
+    damaged = [problem for some in distributed.gather(engine, own) for problem in some]
+    if damaged:
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise UserError(f"{damaged[0]}{more}; `irkd render` with the same arguments repairs what is damaged")
+
+
+def check_forward(
+    config: Config, manifest: shards.Manifest, stages: list[Stage], student: nn.Module, taps: list[str],
+    teacher: Teacher | None,
+) -> None:  # fmt: skip
+    """One blank image through student and teacher at every resolution: what timm refuses, it refuses now."""
+    method, classes = config.loss.saliency.method, len(manifest.classes)
+    full = config.teacher is not None and config.teacher.view == "full"
+    label = torch.zeros(1, dtype=torch.long)
+    for resolution in sorted({s.resolution for s in stages}):
+        image, role = torch.zeros(1, 3, resolution, resolution), f"student.name={config.student.name}"
+        try:
+            training = student.training
+            with torch.no_grad():
+                logits = models.inference_logits(student.eval()(image))
+            student.train(training)
+            if taps:
+                TappedModel(student, taps, method).maps(image, label)
+            if teacher is not None:
+                role, side = "the teacher", max(manifest.resolutions) if full else resolution
+                device = next(teacher.model.parameters()).device
+                view = torch.zeros(1, 3, side, side, device=device)
+                teacher(view, label.to(device), aligned=1 if teacher.paths else 0)
+        except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"{role} cannot take images at the stage of {resolution} px: {reason}") from error
+        if logits.shape[1:] != (classes,):
+            raise UserError(
+                f"student.options: the model gives logits {tuple(logits.shape[1:])}, the shards have {classes} classes"
+            )
+
+
+def notes(config: Config, engine: Engine) -> list[str]:
+    """What a user should know of the processes before the first step."""
+    count = config.data.virtual_ranks
+    if count is None:
+        return []
+    what = f"data.virtual_ranks={count} over {engine.world} process{'es' if engine.world > 1 else ''}"
+    if not engine.exact:
+        return [f"{what}: {type(engine).__name__.lower()} adds gradients in an order of its own, so other worlds "
+                "agree up to rounding only; engine=ddp gives the same bits"]  # fmt: skip
+    if not virtual.exact(count, engine.world):
+        return [f"{what}: no whole branches of the tree of sums, so other worlds agree up to rounding only; "
+                f"1, 2, 4, ... {count} processes give the same bits"]  # fmt: skip
+    return [
+        f"{what}, {torch.get_num_threads()} threads each: 1, 2, 4, ... {count} processes give the same bits"
+    ]
+
+
+def settle(parts: Parts) -> None:
+    """Throw one forward and backward away: the first fixes the order in which an engine sums gradients.
+
+    Without it a resumed run would sum its first step in another order than an unbroken one.
+    """
+    loss, device, side = parts.config.loss, parts.engine.device, parts.plan.stages[0].resolution
+    # two: BatchNorm refuses a single value
+    image = torch.zeros(2, 3, side, side, device=device)
+    label = torch.zeros(2, dtype=torch.long, device=device)
+    targets = Targets()
+    if parts.teacher is not None:
+        # what it says of a blank image does not matter, which terms there are does
+        full = parts.config.teacher is not None and parts.config.teacher.view == "full"
+        large = torch.zeros(2, 3, *[max(parts.manifest.resolutions)] * 2, device=device)
+        aligned = 1 if loss.saliency.gamma else 0
+        targets = parts.teacher(large if full else image, label, aligned, logits=loss.kd.alpha > 0)
+    buffers = {k: v.clone() for k, v in parts.student.named_buffers()}
+    parts.module.train()
+    weight = torch.full((2,), 0.5, device=device)
+    terms = parts.module(image, label, weight, targets, loss.kd.alpha, loss.saliency.gamma)
+    parts.engine.backward(terms["total"])
+    parts.engine.discard()
+    for key, buffer in parts.student.named_buffers():
+        buffer.copy_(buffers[key])
