@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,36 @@ def read(folder: Path) -> Run:
     return Run(folder, name, config, events, classes, version, snapshots, evaluations, notices)
 
 
+def images(run: Run, split: str) -> int | None:
+    """How many images a split has, where the run has written it down."""
+    counts = (run.last("start") or {}).get("images")
+    count = counts.get(split) if isinstance(counts, dict) else None
+    return count if runfolder.is_count(count) and count else None
+
+
+def ends(run: Run) -> dict[int, str]:
+    """Why each stage that ended did, in the words of the decision itself."""
+    at = {e["step"]: e["stage"] for e in run.of("evaluation")}
+    found = {e["stage"]: e["reason"] for e in run.of("transition")}
+    for event in run.of("decision"):
+        decision = event["decision"]
+        if decision.get("action") in ("advance", "finish") and event["step"] in at:
+            found[at[event["step"]]] = str(decision.get("reason", ""))
+    return found
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share that was counted over so many trials (Wilson 1927, no continuity correction)."""
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = (
+        z
+        / (1 + z * z / count)
+        * math.sqrt(max(share * (1 - share) / count + z * z / (4 * count * count), 0.0))
+    )
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
 def stage_seconds(run: Run) -> dict[int, float]:
     """Seconds spent in each stage; -1 is before the first one."""
     spent: dict[int, float] = {}
@@ -119,6 +150,7 @@ def total_seconds(run: Run) -> float:
 
 def wait_share(steps: list[Event]) -> float | None:
     """Share of the time in training steps that was spent waiting for data."""
+    steps = [e for e in steps if e["images_per_s"] > 0]
     counts = np.diff([0, *(e["step"] for e in steps)]) if steps else np.zeros(0)
     if steps and len(steps) > 1:
         counts[0] = counts[1]  # the first line's start is not in the record
