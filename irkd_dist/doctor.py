@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from irkd_dist import __version__, runs, slurm
+from irkd_dist import __version__, configured, slurm
 from irkd_dist import config as configuration
 from irkd_dist.config import Config, Fixed
 from irkd_dist.data import sampler, shards
@@ -277,7 +277,7 @@ def _run_to_come(examine: _Examination, engine: Engine, config: Config, path: st
     sizes = ", ".join(str(s.resolution) for s in stages)
     examine(
         "configuration",
-        lambda: f"{path}: {config.student.name}, {sizes} px, run folder {runs.folder_of(config)}",
+        lambda: f"{path}: {config.student.name}, {sizes} px, run folder {configuration.folder_of(config)}",
     )
     manifest: Any = None
 
@@ -289,7 +289,7 @@ def _run_to_come(examine: _Examination, engine: Engine, config: Config, path: st
     def teacher_fits() -> str:
         if config.teacher is None:
             return "none"
-        network = runs.load_teacher(config, manifest)
+        network = configured.load_teacher(config, manifest)
         count = parameter_count(network.model) / 1e6
         fits = "same classes and normalisation, its patches fit every stage"
         return f"{network.folder}: {count:.2f} M parameters, {fits}"
@@ -308,7 +308,7 @@ def _run_to_come(examine: _Examination, engine: Engine, config: Config, path: st
         weights = sum(shape.numel() for shape in engine.shapes.values())
         gradient = f"a gradient of {4 * weights / MIB:.1f} MiB"
         said = f"{config.student.name} under {chosen}, {weights / 1e6:.2f} M parameters, {gradient}"
-        folder = runs.folder_of(config)
+        folder = configuration.folder_of(config)
         free = shutil.disk_usage(next(f for f in [folder, *folder.absolute().parents] if f.is_dir())).free
         needed = 12 * weights * (config.checkpoint.keep + 1 + len(stages))  # weights and two moments each
         if free < needed:

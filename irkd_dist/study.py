@@ -20,10 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from irkd_dist import __version__, runs
+from irkd_dist import __version__, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
-from irkd_dist.training.tracking import read_events
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def _arguments(path: str, seed: int | None, overrides: list[str]) -> list[str]:
 def _result(path: str, name: str, seed: int | None, overrides: list[str]) -> Result:
     arguments = _arguments(path, seed, overrides)
     config = configuration.load(path, arguments[2:])
-    events = read_events(runs.folder_of(config))
+    events = runfolder.read_events(configuration.folder_of(config))
     summary = next(e for e in reversed(events) if e["event"] == "summary")
     if "test_accuracy" not in summary:
         raise UserError(f"{config.data.shards} has no test split, and a study's table needs one")

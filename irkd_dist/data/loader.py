@@ -153,6 +153,10 @@ class Loader:
                     return
                 yield form(_receive(*step))
 
+    def pick(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Images (n, 3, r, r) and labels (n,) of these rows, whatever this process's share is."""
+        return self._views.take(0, rows)[0], self._tensor(self.labels[rows])
+
     def _make(self, epoch: int, step: int) -> list[Batch]:
         shuffle = self.view.augment is not None
         rows = sampler.global_batch(self.seed, epoch, step, len(self), self.batch, shuffle, self.least)

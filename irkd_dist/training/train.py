@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from irkd_dist import faults, runs
+from irkd_dist import faults, runfolder
 from irkd_dist.config import Config
 from irkd_dist.data import sampler
 from irkd_dist.data.loader import Loader
@@ -126,7 +126,7 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     means, images = metrics.means(engine, sums, parts.config.loss)
     seconds = time.perf_counter() - started
     tokens = len(loader) * build.tokens_per_image(parts.student, resolution)
-    best_name = f"{runs.BEST}/stage-{before.stage:02d}-step-{at:08d}"
+    best_name = runfolder.best_name(before.stage, at)
     state, decision = _decide(run, accuracy, best_name, run.position.seconds + seconds, tokens)
 
     tracker.event(
