@@ -162,10 +162,10 @@ def local_copy(named: Named, where: str) -> dict[str, Any]:
     if cfg.get("hf_hub_id"):
         own = cfg.get("hf_hub_filename")
         files = (own,) if own else ("model.safetensors", "pytorch_model.bin")
-        if cfg.get("custom_load"):
+        if cfg.get("custom_load") == "hf":  # timm fetches it in a way of its own
             require_answer(hf_hub_url(cfg["hf_hub_id"], files[0]), where, name)
             return {}
-        return {"file": str(fetch(cfg["hf_hub_id"], files, where))}
+        return {"file": str(fetch(cfg["hf_hub_id"], files, where)), "custom_load": False}
     url = cfg.get("url")
     if not url:
         raise UserError(

@@ -90,8 +90,11 @@ def create_model(
         MemoryError,
     ) as error:  # fmt: skip
         shown = {key: value for key, value in arguments.items() if key != "pretrained_cfg_overlay"}
+        hint = (
+            f"; patch={patch} was asked for: without it the model keeps its own" if patch is not None else ""
+        )
         raise UserError(
-            f"timm cannot create {architecture!r} with {shown}: {' '.join(str(error).split())}"
+            f"timm cannot create {architecture!r} with {shown}: {' '.join(str(error).split())}{hint}"
         ) from error
     if distilled is not None and distilled != is_distilled(model):
         has = "has" if is_distilled(model) else "has no"
@@ -102,6 +105,17 @@ def create_model(
     if distilled:
         model.set_distilled_training(True)  # type: ignore[operator]
     return model
+
+
+def sizes_it_takes(model: nn.Module) -> str:
+    """What to advise where a model does not take an image: nothing if it takes any size."""
+    made_for_one = (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size")
+    if not made_for_one or type(model).__module__.removeprefix("timm.models.") in ANY_SIZE:
+        return ""
+    return (
+        "; it is made for one size: train it at one resolution (fixed), or take a vit_, deit_, eva02_, swin_ or "
+        "convolutional model"
+    )
 
 
 def is_distilled(model: nn.Module) -> bool:

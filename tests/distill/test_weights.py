@@ -206,7 +206,7 @@ def test_both_heads_of_a_distilled_model_are_replaced() -> None:
     "options", [{}, {"class_token": False, "global_pool": "avg"}, {"no_embed_class": True}]
 )
 def test_position_embeddings_of_another_grid_are_resampled(options: dict[str, Any]) -> None:
-    """The network made for 16 px then says of 16 px what the one made for 32 px, interpolating, says."""
+    """The network made for 16 px then says of 16 px what the one made for 32 px says, which interpolates as it goes."""
     made: Any = {"classes": 3, "patch": 4, "options": {**SMALL["options"], **options}}
     torch.manual_seed(3)
     large = models.create_model("custom", image_size=32, **made).eval()
