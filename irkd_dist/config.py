@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from irkd_dist.data.recipe import Augment
 from irkd_dist.distill.paper import PAPER_MODELS
 from irkd_dist.errors import UserError
 
@@ -47,23 +48,6 @@ class Data:
     # slices of each batch that seeds and the order of sums belong to: a power of two; 1, 2, 4, ... processes up to it
     # then give the same bits under engine=ddp. null: a slice a process, and worlds agree up to rounding
     virtual_ranks: Positive | None = None
-    __pydantic_config__ = _strict
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Augmentation of training images; the defaults are the paper's for a student."""
-
-    padding: NonNegative = 4  # pixels of the random crop's padding ...
-    padding_at: Positive | None = (
-        32  # ... at this resolution, in proportion elsewhere; null: the same everywhere
-    )
-    flip: bool = True
-    auto_augment: Fraction = 0.0  # share of images that AutoAugment (CIFAR-10 policy) changes
-    erase: Fraction = 0.0  # share of images with a random rectangle erased
-    mixup: NonNegativeFloat = 0.0  # alpha of MixUp's Beta distribution
-    cutmix: NonNegativeFloat = 0.0  # alpha of CutMix's; both above 0: one of the two at random each batch
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # label smoothing
     __pydantic_config__ = _strict
 
 

@@ -363,16 +363,16 @@ def _step(job: build.Parts, number: int) -> str:
     training, held_out = build.loaders(job, job.plan.stages[number])
     seconds, size = 0.0, 0
     with training, held_out:
-        for batch in itertools.islice(training.batches(0), 2):
+        for batches in itertools.islice(training.steps(0), 2):
             distributed.barrier(engine)
             _finish(engine)
             start = time.perf_counter()
             # as step 0: one at which saliency is aligned, whatever loss.saliency.every says
-            taken = step.take(job, batch, loss.kd.alpha, loss.saliency.gamma, 0)
+            taken = step.take(job, batches, loss.kd.alpha, loss.saliency.gamma, 0)
             _finish(engine)
             if bool(taken.skipped):
                 raise UserError("the gradient is not finite: lower optim.lr, or use precision=fp32")
-            seconds, size = time.perf_counter() - start, batch.size
+            seconds, size = time.perf_counter() - start, batches[0].size
     peak, kind = _peak(engine)
     slowest = _slowest(engine, seconds)
     text = f"{slowest:.3f} s, {size / slowest:,.0f} images/s, peak {peak / GIB:.2f} GiB {kind} a process"

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "irkd_dist"
-LEAVES = ["data/sampler.py", "distill/saliency.py", "training/curriculum.py", "training/optim.py"]
+LEAVES = [
+    "data/recipe.py",
+    "data/sampler.py",
+    "distill/saliency.py",
+    "training/curriculum.py",
+    "training/optim.py",
+]
 ONLY_DOOR = {
     "accelerate": "training/engines.py",
     "deepspeed": "training/engines.py",

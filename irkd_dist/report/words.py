@@ -178,4 +178,5 @@ def _augmentation(config: Config) -> str:
     named = {"auto_augment": "AutoAugment", "erase": "erasing", "mixup": "MixUp", "cutmix": "CutMix"}
     parts += [f"{label} {getattr(spec, key):g}" for key, label in named.items() if getattr(spec, key)]
     parts += [f"label smoothing {spec.smoothing:g}"] if spec.smoothing else []
+    parts += [f"{spec.draws} draws of each image, again and again"] if spec.draws else []
     return ", ".join(parts) or "none"

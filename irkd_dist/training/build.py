@@ -14,15 +14,17 @@ from torch import nn
 from irkd_dist import __version__, checkpoint, networks, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.config import Config, Stage
-from irkd_dist.data import loader as loading
 from irkd_dist.data import shards
-from irkd_dist.data.loader import Loader
+from irkd_dist.data.decoded import Dataset, Work
+from irkd_dist.data.loader import EVALUATION_BATCH, Loader
+from irkd_dist.data.sampler import Share
+from irkd_dist.data.views import View
 from irkd_dist.distill import models
 from irkd_dist.distill.measure import TappedModel
 from irkd_dist.distill.module import Distiller, Objective
 from irkd_dist.distill.teacher import Teacher, freeze
 from irkd_dist.errors import UserError
-from irkd_dist.training import curriculum, engines, optim, preflight, restore
+from irkd_dist.training import curriculum, engines, optim, preflight, restore, virtual
 from irkd_dist.training.curriculum import StagePlan
 from irkd_dist.training.engines import Engine
 
@@ -115,13 +117,17 @@ def build(config: Config, engine: Engine) -> Parts:
 def loaders(parts: Parts, stage: StagePlan) -> tuple[Loader, Loader]:
     """The training loader of a stage and the one it is validated with (test split if there is no validation)."""
     config, engine, manifest = parts.config, parts.engine, parts.manifest
-    data = config.data
-    augment = loading.Augment(mode=manifest.mode, **asdict(config.augment))
+    data, count = config.data, config.data.virtual_ranks
+    carried = Share(engine.world, (engine.rank,))
+    if count is not None and virtual.exact(count, engine.world):
+        carried = Share(count, tuple(virtual.carried(count, engine.rank, engine.world)))
+    micro_batches = carried.parts * config.optim.accumulate
+    full = max(manifest.resolutions) if full_view(config) else None
     train = Loader(
-        Path(data.shards), manifest, "train", stage.resolution, batch=stage.batch, seed=config.seed,
-        rank=engine.rank, world=engine.world, augment=augment,
-        full_resolution=max(manifest.resolutions) if full_view(config) else None, cache=data.cache,
-        device=engine.device, workers=data.workers, verify="size", subset=data.subset,
+        Dataset(Path(data.shards), manifest, "train", data.subset, verify="size"),
+        View(stage.resolution, config.augment, full, manifest.mode),
+        batch=stage.batch, seed=config.seed, share=carried, work=_work(config, engine),
+        least=2 * micro_batches if models.has_batch_norm(parts.student) else 1,
     )  # fmt: skip
     return train, evaluation_loader(config, manifest, engine, held_out(manifest), stage.resolution)
 
@@ -130,13 +136,17 @@ def evaluation_loader(
     config: Config, manifest: shards.Manifest, engine: Engine, split: str, resolution: int, full: bool = False
 ) -> Loader:
     """A loader for measuring: in order, normalised only. `full`: at the teacher's full resolution."""
-    data = config.data
+    size = max(manifest.resolutions) if full else resolution
     return Loader(
-        Path(data.shards), manifest, split, max(manifest.resolutions) if full else resolution,
-        batch=max(data.batch, 256 * engine.world), seed=config.seed, rank=engine.rank, world=engine.world,
-        augment=None, cache=data.cache, device=engine.device, workers=data.workers, verify="size",
-        centre_crop=data.centre_crop,
+        Dataset(Path(config.data.shards), manifest, split, verify="size"),
+        View(size, centre_crop=config.data.centre_crop),
+        batch=EVALUATION_BATCH * engine.world, seed=config.seed, share=Share(engine.world, (engine.rank,)),
+        work=_work(config, engine),
     )  # fmt: skip
+
+
+def _work(config: Config, engine: Engine) -> Work:
+    return Work(config.data.cache, engine.device, config.data.workers)
 
 
 def full_view(config: Config) -> bool:

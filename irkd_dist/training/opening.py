@@ -56,10 +56,10 @@ class Run:
         stop, save = self.requests.received is not None, overdue and self.parts.engine.main
         return self.exchange.send(step, stop, save, taken.skipped, taken.mine)
 
-    def remember(self, step: int, batch: Batch) -> None:
+    def remember(self, step: int, batches: list[Batch]) -> None:
         """Keep the samples of a step, if they are asked for, until it is known whether it was taken."""
         if self.parts.config.track.samples:  # not else: it waits for the device
-            self.seen[step] = batch.ids[(batch.weight > 0).cpu().numpy()].tolist()
+            self.seen[step] = [i for b in batches for i in b.ids[(b.weight > 0).cpu().numpy()].tolist()]
 
     def log(self, means: dict[str, float], images: int, seconds: float, lr: float, update: Any) -> None:
         """Write down the steps since the last line."""
