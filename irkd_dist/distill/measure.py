@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from irkd_dist.distill import models, saliency
+from irkd_dist.distill import models, saliency, taps
 from irkd_dist.distill.teacher import Teacher
 
 
@@ -32,7 +32,7 @@ class TappedModel:
 
     model: nn.Module
     paths: list[str]
-    method: models.Method
+    method: taps.Method
     autocast: torch.dtype | None = None
 
     def maps(self, images: Tensor, labels: Tensor) -> list[Tensor]:
@@ -45,7 +45,7 @@ class TappedModel:
             parameter.requires_grad_(False)
         try:
             with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
-                return models.forward_with_maps(
+                return taps.forward_with_maps(
                     self.model, images, self.paths, self.method, labels, frozen=True
                 )[1]
         finally:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from irkd_dist.distill import losses, models, saliency
+from irkd_dist.distill import losses, models, saliency, taps
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Objective:
     form: Literal["sum", "convex"] = "sum"
     kd_kind: Literal["soft", "hard"] = "soft"
     temperature: float = 4.0
-    method: models.Method = "gradient"
+    method: taps.Method = "gradient"
     normalization: Literal["minmax", "l2"] = "minmax"
     taps: tuple[str, ...] = ()  # module paths in the student, void ones left out
 
@@ -122,7 +122,7 @@ class Distiller(nn.Module):
         aligned = len(teacher_maps[0]) if teacher_maps else 0
         if not aligned:
             return self.student(images), []
-        output, maps = models.forward_with_maps(
+        output, maps = taps.forward_with_maps(
             self.student,
             images[:aligned],
             list(self.objective.taps),

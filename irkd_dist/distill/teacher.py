@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from irkd_dist.distill import losses, models
+from irkd_dist.distill import losses, models, taps
 from irkd_dist.distill.module import Targets
 
 
@@ -26,7 +26,7 @@ class Teacher:
 
     model: nn.Module
     paths: list[str]
-    method: models.Method
+    method: taps.Method
     autocast: torch.dtype | None = None
     renormalize: tuple[Tensor, Tensor] | None = None
 
@@ -40,7 +40,7 @@ class Teacher:
         outputs, maps = [], None
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
             if aligned:
-                output, maps = models.forward_with_maps(
+                output, maps = taps.forward_with_maps(
                     self.model, images[:aligned], self.paths, self.method, target[:aligned], frozen=True
                 )
                 outputs.append(models.inference_logits(output))

@@ -19,7 +19,7 @@ from irkd_dist import config as configuration
 from irkd_dist.config import Config, Stage
 from irkd_dist.data import loader as loading
 from irkd_dist.data import shards
-from irkd_dist.distill import measure, models
+from irkd_dist.distill import measure, models, taps
 from irkd_dist.distill.measure import TappedModel
 from irkd_dist.distill.module import Distiller, Objective, Targets
 from irkd_dist.distill.teacher import Teacher, freeze
@@ -422,10 +422,10 @@ def _check_forward(
 
 def _tap_pairs(
     config: Config, student: nn.Module, teacher: nn.Module
-) -> tuple[list[tuple[models.Tap, models.Tap]], list[str]]:
+) -> tuple[list[tuple[taps.Tap, taps.Tap]], list[str]]:
     spec = config.loss.saliency
     try:
-        pairs = models.tap_pairs(student, teacher, spec.taps, spec.method, spec.strict_paper)
+        pairs = taps.tap_pairs(student, teacher, spec.taps, spec.method, spec.strict_paper)
     except UserError:
         if spec.gamma:
             raise
@@ -450,7 +450,7 @@ def _tap_pairs(
 def _taps_alone(config: Config, student: nn.Module) -> list[str]:
     spec = config.loss.saliency
     try:
-        pairs = models.tap_pairs(student, student, spec.taps, spec.method)
+        pairs = taps.tap_pairs(student, student, spec.taps, spec.method)
     except UserError:
         return []
     return [s.path for s, _ in pairs if not s.void]

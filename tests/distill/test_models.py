@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from irkd_dist.distill import models, saliency
-from irkd_dist.distill.models import Tap, create_model, resolve_tap, tap_pairs
+from irkd_dist.distill.models import create_model
+from irkd_dist.distill.taps import Method, Tap, forward_with_maps, resolve_tap, tap_pairs, tapped_forward
 from irkd_dist.errors import UserError
 from tests.distill import plain_vit as plain
 
@@ -129,9 +130,7 @@ def test_fused_attention_has_no_second_derivative_and_explicit_products_have() -
     explicit = model(images)
 
     def backward() -> None:
-        _, (m,) = models.forward_with_maps(
-            model, images, ["blocks.0.norm1"], "gradient", target, frozen=False
-        )
+        _, (m,) = forward_with_maps(model, images, ["blocks.0.norm1"], "gradient", target, frozen=False)
         m.sum().backward()
 
     backward()
@@ -155,7 +154,7 @@ def test_patch_gradients_after_the_last_attention_are_exactly_zero(head: str, re
     images, target = plain.inputs(2, resolution, seed=3)
     taps = ["blocks.2", "norm", "blocks.2.mlp", "blocks.2.norm2", "blocks.2.attn"]
     alive = ["blocks.2.norm1", "blocks.1", "blocks.2.attn.qkv"]
-    output, features = models.tapped_forward(model, images, taps + alive)
+    output, features = tapped_forward(model, images, taps + alive)
     gradients = saliency.feature_gradients(
         saliency.class_score(models.inference_logits(output), target), features, create_graph=False
     )
@@ -179,7 +178,7 @@ def test_exactly_the_taps_without_a_map_are_called_void(head: str, method: str) 
             name for name, _ in model.named_modules() if name.startswith("blocks.2.") and _gives_tokens(name)
         ]
         assert {"blocks.2.ls2", "blocks.2.attn.qkv", "blocks.2.attn.proj"} <= set(taps)
-    output, features = models.tapped_forward(model, images, taps)
+    output, features = tapped_forward(model, images, taps)
     gradients = saliency.feature_gradients(
         saliency.class_score(models.inference_logits(output), target), features, create_graph=False
     )
@@ -378,7 +377,7 @@ def test_tapped_forward_keeps_the_order_and_leaves_no_hook() -> None:
     model = plain.build("class_token", depth=3)
     images, _ = plain.inputs(2, 12, seed=5)
     asked = ["norm", "blocks.0", "blocks.2.norm1", "blocks.0"]
-    output, features = models.tapped_forward(model, images, asked)
+    output, features = tapped_forward(model, images, asked)
     assert torch.equal(output, model(images))  # type: ignore[arg-type]
     assert features[1] is features[3]
     for i in range(2):
@@ -386,30 +385,30 @@ def test_tapped_forward_keeps_the_order_and_leaves_no_hook() -> None:
         for path, feature in zip(asked, features, strict=True):
             torch.testing.assert_close(feature[i], seen[path])
     with pytest.raises(RuntimeError):
-        models.tapped_forward(model, images[:, :1], asked)
+        tapped_forward(model, images[:, :1], asked)
     assert not any(module._forward_hooks for module in model.modules()), "not after an error either"
 
 
 @pytest.mark.parametrize("method", GRADIENT_METHODS)
-def test_a_tap_asked_twice_is_given_twice(method: models.Method) -> None:
+def test_a_tap_asked_twice_is_given_twice(method: Method) -> None:
     model = plain.build("class_token", depth=2)
     images, target = plain.inputs(2, 12, seed=6)
-    once = models.forward_with_maps(model, images, ["blocks.0.norm1"], method, target, frozen=False)[1]
-    twice = models.forward_with_maps(model, images, ["blocks.0.norm1"] * 2, method, target, frozen=False)[1]
+    once = forward_with_maps(model, images, ["blocks.0.norm1"], method, target, frozen=False)[1]
+    twice = forward_with_maps(model, images, ["blocks.0.norm1"] * 2, method, target, frozen=False)[1]
     assert torch.equal(twice[0], once[0])
     assert torch.equal(twice[1], once[0])
 
 
 @pytest.mark.parametrize(("head", "method"), plain.DEFINED)
-def test_frozen_maps_equal_the_trained_ones(head: str, method: models.Method) -> None:
+def test_frozen_maps_equal_the_trained_ones(head: str, method: Method) -> None:
     """The frozen path starts its graph at the first tap, whatever the order of the taps."""
     model = plain.build(head, depth=3)
     images, target = plain.inputs(2, 12, seed=7)
     taps = plain.all_taps(head, method, 3)[::-1]
-    output, maps = models.forward_with_maps(model, images, taps, method, target, frozen=False)
+    output, maps = forward_with_maps(model, images, taps, method, target, frozen=False)
     assert all(m.requires_grad for m in maps)
     model.requires_grad_(False)
-    frozen_output, frozen = models.forward_with_maps(model, images, taps, method, target, frozen=True)
+    frozen_output, frozen = forward_with_maps(model, images, taps, method, target, frozen=True)
     torch.testing.assert_close(
         models.inference_logits(frozen_output), models.inference_logits(output).detach()
     )

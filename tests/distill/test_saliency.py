@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from irkd_dist.distill import models, saliency
+from irkd_dist.distill import saliency
+from irkd_dist.distill.taps import forward_with_maps, tapped_forward
 from tests.distill import plain_vit as plain
 
 STEP = 1e-6  # of the central differences
@@ -41,7 +42,7 @@ def product_loss(
     how: tuple,
 ) -> Tensor:
     method, kind = how
-    _, maps = models.forward_with_maps(student, images, ours, method, target, frozen=False)
+    _, maps = forward_with_maps(student, images, ours, method, target, frozen=False)
     theirs = [saliency.resize_map(t, m.shape[1]) for t, m in zip(teacher_maps, maps, strict=True)]
     per_sample, flat = saliency.saliency_loss(maps, theirs, kind)
     assert flat <= 0.6 * len(maps) * len(images), (
@@ -85,8 +86,8 @@ def test_maps_and_weight_gradients_equal_plain_autograd(head: str, method: str, 
     ours, teacher, theirs = paired(head, method)
     for soft in (False, True):
         images, target = plain.inputs(3, resolution, seed=2, soft=soft)
-        _, maps = models.forward_with_maps(student, images, ours, method, target, frozen=False)  # type: ignore[arg-type]
-        _, teacher_maps = models.forward_with_maps(
+        _, maps = forward_with_maps(student, images, ours, method, target, frozen=False)  # type: ignore[arg-type]
+        _, teacher_maps = forward_with_maps(
             teacher, images, theirs, method, target, frozen=True  # type: ignore[arg-type]
         )  # fmt: skip
         assert maps[0].shape == (3, (resolution // 4) ** 2)
@@ -119,7 +120,7 @@ def test_attention_follows_query_and_key_norms() -> None:
     student = plain.build("class_token", DEPTH, seed=3, qk_norm=True)
     images, target = plain.inputs(2, 12, seed=3)
     paths = plain.all_taps("class_token", "attention", DEPTH)
-    _, maps = models.forward_with_maps(student, images, paths, "attention", target, frozen=False)
+    _, maps = forward_with_maps(student, images, paths, "attention", target, frozen=False)
     for i in range(2):
         for m, e in zip(maps, plain.maps(student, images[i], target[i], paths, "attention"), strict=True):
             torch.testing.assert_close(m[i], e, rtol=1e-9, atol=0)
@@ -131,8 +132,8 @@ def test_map_is_the_difference_quotient_of_the_score(method: str) -> None:
     model = plain.build("mean_fc_norm", depth=2, seed=4).requires_grad_(False)
     images, target = plain.inputs(1, plain.SIZE, seed=4)
     path = "blocks.1"
-    _, maps = models.forward_with_maps(model, images, [path], method, target, frozen=True)  # type: ignore[arg-type]
-    _, (features,) = models.tapped_forward(model, images, [path])
+    _, maps = forward_with_maps(model, images, [path], method, target, frozen=True)  # type: ignore[arg-type]
+    _, (features,) = tapped_forward(model, images, [path])
 
     def score(changed: Tensor) -> Tensor:
         return model.head(model.fc_norm(changed[:, 1:].mean(1)))[0, target[0]]  # type: ignore[operator]
@@ -192,7 +193,7 @@ def test_weight_gradients_equal_finite_differences(
 ) -> None:
     ours, teacher, theirs = paired(head, method)
     student, images, target = away_from_kinks(head, method, resolution, ours, soft)
-    _, teacher_maps = models.forward_with_maps(teacher, images, theirs, method, target, frozen=True)  # type: ignore[arg-type]
+    _, teacher_maps = forward_with_maps(teacher, images, theirs, method, target, frozen=True)  # type: ignore[arg-type]
     patches = (resolution // plain.PATCH) ** 2
     teacher_maps = [
         torch.stack([plain.resized(m, patches) for m in t]) for t in teacher_maps
@@ -299,9 +300,7 @@ def test_identical_channels_and_void_taps_train_without_nan(method: str) -> None
     with torch.no_grad():
         student.head.weight.zero_()  # the score depends on nothing: G = 0 everywhere
     images, target = plain.inputs(2, 12, seed=6)
-    _, maps = models.forward_with_maps(
-        student, images, ["blocks.0", "blocks.1"], method, target, frozen=False
-    )  # type: ignore[arg-type]
+    _, maps = forward_with_maps(student, images, ["blocks.0", "blocks.1"], method, target, frozen=False)  # type: ignore[arg-type]
     loss, flat = saliency.saliency_loss(maps, [torch.rand_like(m) for m in maps], "minmax")
     assert flat == 4
     assert (loss == 0).all()
@@ -322,7 +321,7 @@ def counting(calls: list[int]) -> Iterator[None]:
 def test_linear_head_gradient_equals_autograd(soft: bool) -> None:
     model = plain.build("mean", DEPTH, seed=7)
     images, target = plain.inputs(3, 12, seed=7, soft=soft)
-    output, (features,) = models.tapped_forward(model, images, ["norm"])
+    output, (features,) = tapped_forward(model, images, ["norm"])
     assert isinstance(output, Tensor)
     (gradient,) = torch.autograd.grad(saliency.class_score(output, target), features)
     closed = saliency.linear_head_gradient(model.head.weight, target, features.shape[1])
@@ -335,9 +334,7 @@ def test_closed_form_is_used_where_it_holds_and_only_there() -> None:
 
     def inner_gradients(model: nn.Module, paths: list[str]) -> int:
         calls: list[int] = []
-        models.forward_with_maps(
-            model, images, paths, "hirescam", target, frozen=False, context=counting(calls)
-        )
+        forward_with_maps(model, images, paths, "hirescam", target, frozen=False, context=counting(calls))
         return len(calls)
 
     closed = plain.build("mean", 2, seed=8)
@@ -355,7 +352,7 @@ def test_head_dropout_in_training_is_part_of_the_map() -> None:
     model = plain.build("mean", 2, seed=9, drop_rate=0.5).train()
     images, target = plain.inputs(2, plain.SIZE, seed=9)
     torch.manual_seed(10)
-    _, (m,) = models.forward_with_maps(model, images, ["norm"], "hirescam", target, frozen=False)
+    _, (m,) = forward_with_maps(model, images, ["norm"], "hirescam", target, frozen=False)
     torch.manual_seed(10)  # the head's dropout is the only draw
     kept = torch.nn.functional.dropout(torch.ones(2, 16, dtype=torch.float64), 0.5)
     for i in range(2):
@@ -367,7 +364,7 @@ def test_head_dropout_in_training_is_part_of_the_map() -> None:
 def test_closed_form_with_a_class_token_left_out_of_the_pool() -> None:
     model = plain.build("mean_fc_norm", 2, seed=11, fc_norm=False)
     images, target = plain.inputs(2, 12, seed=11)
-    _, maps = models.forward_with_maps(model, images, ["norm", "blocks.1"], "hirescam", target, frozen=False)
+    _, maps = forward_with_maps(model, images, ["norm", "blocks.1"], "hirescam", target, frozen=False)
     for i in range(2):
         expected = plain.maps(model, images[i], target[i], ["norm", "blocks.1"], "hirescam")
         for m, e in zip(maps, expected, strict=True):
@@ -377,7 +374,7 @@ def test_closed_form_with_a_class_token_left_out_of_the_pool() -> None:
 def test_gradient_map_at_a_linear_head_is_constant_so_flat() -> None:
     model = plain.build("mean", 2, seed=12)
     images, target = plain.inputs(2, 12, seed=12)
-    _, (m,) = models.forward_with_maps(model, images, ["norm"], "gradient", target, frozen=False)
+    _, (m,) = forward_with_maps(model, images, ["norm"], "gradient", target, frozen=False)
     expected = model.head.weight[target].abs().amax(1) / 9
     torch.testing.assert_close(m, expected[:, None].expand(2, 9))
     loss, flat = saliency.saliency_loss([m], [torch.rand_like(m)], "minmax")
@@ -457,14 +454,14 @@ def test_maps_are_fp32_under_bf16_autocast(method: str) -> None:
     images, target = plain.inputs(2, 12, seed=13)
     path = plain.all_taps("class_token", method, 2)[-1]
     with torch.autocast("cpu", torch.bfloat16):
-        output, (m,) = models.forward_with_maps(
+        output, (m,) = forward_with_maps(
             model, images.float(), [path], method, target, frozen=False  # type: ignore[arg-type]
         )  # fmt: skip
         assert isinstance(output, Tensor)
         assert output.dtype == torch.bfloat16
         assert m.dtype == torch.float32
         if method == "attention":
-            _, (qkv,) = models.tapped_forward(model, images.float(), [path])
+            _, (qkv,) = tapped_forward(model, images.float(), [path])
             assert qkv.dtype == torch.bfloat16
     if method == "attention":
         query, key, _ = qkv.double().reshape(2, 10, 3, 2, 8).permute(2, 0, 3, 1, 4)
