@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from irkd_dist.distill import methods
 from irkd_dist.distill.paper import PAPER_MODELS
 from irkd_dist.errors import UserError
 
@@ -117,7 +118,7 @@ class Saliency:
     """Alignment of saliency maps."""
 
     gamma: NonNegativeFloat = 0.0  # weight; 0 is off
-    method: Literal["gradient", "grad_cam", "hirescam", "attention"] = "gradient"
+    method: str = "gradient"  # a file of irkd_dist/distill/methods
     taps: str | list[Any] = field(
         default_factory=lambda: ["first", "second", "last"]
     )  # or all, numbers, pairs [s, t]
@@ -407,6 +408,10 @@ def check(config: Config) -> None:
     if config.curriculum is not None and not config.curriculum.stages:
         raise UserError("curriculum.stages is empty: give at least one {resolution: ..., epochs: ...}")
     loss = config.loss
+    if loss.saliency.method not in methods.names():
+        raise UserError(
+            f"loss.saliency.method={loss.saliency.method!r} is none of {', '.join(methods.names())}"
+        )
     if config.teacher is None and (loss.kd.alpha or loss.saliency.gamma):
         key, value = ("kd.alpha", loss.kd.alpha) if loss.kd.alpha else ("saliency.gamma", loss.saliency.gamma)
         raise UserError(
@@ -454,7 +459,7 @@ def check(config: Config) -> None:
 def check_engine(config: Config, engine: str) -> None:
     """Refuse what an engine cannot compute."""
     saliency = config.loss.saliency
-    if engine == "zero3" and saliency.gamma and saliency.method != "attention":
+    if engine == "zero3" and saliency.gamma and methods.inner_gradient(saliency.method):
         raise UserError(
             f"engine=zero3 with loss.saliency.method={saliency.method}: ZeRO-3 frees the parameters that the saliency "
             "gradient needs a second time, and DeepSpeed cannot differentiate through it; use engine=fsdp2 (fully "

@@ -24,17 +24,17 @@ class Objective:
     form: Literal["sum", "convex"] = "sum"
     kd_kind: Literal["soft", "hard"] = "soft"
     temperature: float = 4.0
-    method: taps.Method = "gradient"
+    method: str = "gradient"
     normalization: Literal["minmax", "l2"] = "minmax"
     taps: tuple[str, ...] = ()  # module paths in the student, void ones left out
 
 
 @dataclass
 class Targets:
-    """What the teacher says about a batch; all detached."""
+    """What the teacher says about a batch: detached, and of each sample alone, whatever batch it came in."""
 
-    logits: Tensor | None = None  # (B, K)
-    maps: list[Tensor] | None = None  # one (A, N') a tap, for the first A samples of the batch
+    logits: Tensor | None = None  # (B, K) in fp32
+    maps: list[Tensor] | None = None  # one (A, h', w') a tap in fp32, for the first A samples of the batch
 
 
 class Distiller(nn.Module):
@@ -59,6 +59,7 @@ class Distiller(nn.Module):
         self.objective = objective
         self.autocast = autocast
         self.inner_grad_context = inner_grad_context
+        taps.put_taps(student, objective.taps)
 
     def forward(
         self,
@@ -105,7 +106,7 @@ class Distiller(nn.Module):
         if maps:
             assert targets.maps is not None
             theirs = [
-                saliency.resize_map(m, ours.shape[1]) for m, ours in zip(targets.maps, maps, strict=True)
+                saliency.resize_map(m, ours.shape[1:]) for m, ours in zip(targets.maps, maps, strict=True)
             ]
             per_sample, flat = saliency.saliency_loss(maps, theirs, self.objective.normalization)
             term = saliency_scale * (weight[: len(per_sample)] * per_sample).sum()

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from timm.layers.attention import Attention
+import torch._dynamo.config  # timm has imported it already
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from irkd_dist.distill import saliency
+from irkd_dist.distill import methods, saliency
 from irkd_dist.distill.models import inference_logits
+from irkd_dist.distill.points import Output, put_taps, tapped_forward
 from irkd_dist.errors import UserError
 
-Method = Literal["gradient", "grad_cam", "hirescam", "attention"]
+# torch.compile then takes the inner gradient into the graph of the forward, the outer backward through it included
+if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+    torch._dynamo.config.trace_autograd_ops = True
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,11 @@ class Tap:
     """One place in a model whose output gives a saliency map."""
 
     path: str  # module whose output is read, as in model.get_submodule(path)
-    void: bool = False  # its map is zero or constant whatever the image: see `_is_void`
+    void: bool = False  # its map is zero or constant whatever the image: see `reading`
 
 
 def tap_pairs(
-    student: nn.Module, teacher: nn.Module, spec: str | list[Any], method: Method, strict_paper: bool = False
+    student: nn.Module, teacher: nn.Module, spec: str | list[Any], method: str, strict_paper: bool = False
 ) -> list[tuple[Tap, Tap]]:
     """Resolve the configured taps to pairs (student tap, teacher tap).
 
@@ -64,14 +67,12 @@ def tap_pairs(
     return pairs
 
 
-def resolve_tap(
-    model: nn.Module, name: int | str, method: Method, role: str, strict_paper: bool = False
-) -> Tap:
+def resolve_tap(model: nn.Module, name: int | str, method: str, role: str, strict_paper: bool = False) -> Tap:
     """Resolve one tap name to a module path.
 
     Names: a block number, `first`, `second`, `last`, a block's `norm1` as `"3.norm1"`, `norm` (the final norm), or
     any module path. Where the last block's output is void (under every gradient method with a class-token or
-    distillation head, see `_is_void`), `last` is that block's `norm1` output; `strict_paper` keeps the block's output.
+    distillation head, see `reading`), `last` is that block's `norm1` output; `strict_paper` keeps the block's output.
     """
     text = str(name)
     if text in ("first", "second", "last") or re.fullmatch(r"\d+(\.norm1)?", text):
@@ -82,8 +83,9 @@ def resolve_tap(
             block = int(number)
         if block >= depth:
             raise UserError(f"saliency.taps: {name!r}: the {role} has blocks 0 to {depth - 1}")
-        if method == "attention":
-            path = f"blocks.{block}.attn.qkv"
+        how = methods.load(method)
+        if not how.INNER_GRADIENT:
+            path = f"blocks.{block}{how.BLOCK_TAP}"
         elif point or (text == "last" and not strict_paper and _is_void(model, f"blocks.{block}", method)):
             path = f"blocks.{block}.norm1"
         else:
@@ -91,16 +93,14 @@ def resolve_tap(
     else:
         path = text
     try:
-        module = model.get_submodule(path)
+        model.get_submodule(path)
     except AttributeError:
         names = ", ".join(n for n, _ in model.named_children())
         raise UserError(f"saliency.taps: the {role} has no module {path!r}; it has {names}") from None
-    if method == "attention":
-        _check_attention(model, path, role)
-    elif "NHWC" in (getattr(model, "output_fmt", None), getattr(module, "output_fmt", None)):
-        kind = f"{type(model).__name__}.{type(module).__name__}"
-        raise UserError(f"saliency.taps: {role} {kind}: features in NHWC layout are not supported")
-    return Tap(path, void=method != "attention" and _is_void(model, path, method))
+    how = methods.load(method)
+    if not how.INNER_GRADIENT:
+        how.check(model, path, role)
+    return Tap(path, void=_is_void(model, path, method))
 
 
 def _depth(model: nn.Module, name: object, role: str) -> int:
@@ -119,12 +119,11 @@ def reads_only_prefix_tokens(model: nn.Module) -> bool:
     return getattr(model, "num_prefix_tokens", 0) > 0 and getattr(model, "global_pool", "") == "token"
 
 
-def _is_void(model: nn.Module, path: str, method: Method) -> bool:
-    """Whether a ViT's head and the method leave a tap without a map, whatever the image.
+def reading(model: nn.Module, path: str) -> str:
+    """How the patch tokens at a tap of a ViT reach the logits.
 
-    Zero: what comes after the last attention, where the head reads the prefix tokens alone.
-    Zero but for rounding: `hirescam` where patch tokens are read through a norm alone, because a norm ignores its
-    input's length, so that the sum of G * A vanishes. Constant: `gradient` where the head reads the tokens' mean.
+    `unread`: not at all, after the last attention where the head reads the prefix tokens alone. `norm`: through a norm
+    alone, which ignores its input's length. `mean`: the head reads their mean. `other`: any other way, or no ViT.
     """
     blocks: Any = getattr(model, "blocks", ())
     last, before = f"blocks.{len(blocks) - 1}", f"blocks.{len(blocks) - 2}"
@@ -133,122 +132,155 @@ def _is_void(model: nn.Module, path: str, method: Method) -> bool:
     if reads_only_prefix_tokens(model):
         inside = path.removeprefix(last).removeprefix(".")
         after = path.startswith(last) and not re.match(r"norm1|attn\.(?!proj|norm)", inside)
-        return path == "norm" or after or (method == "hirescam" and prenorm and path == before)
-    if method == "hirescam":
-        return prenorm and final_norm and path == last
+        if path == "norm" or after:
+            return "unread"
+        return "norm" if prenorm and path == before else "other"
+    if prenorm and final_norm and path == last:
+        return "norm"
     pooled = getattr(model, "global_pool", "") == "avg" and hasattr(model, "fc_norm")
-    return method == "gradient" and pooled and (path == "norm" or (path == last and not final_norm))
+    return "mean" if pooled and (path == "norm" or (path == last and not final_norm)) else "other"
 
 
-def _check_attention(model: nn.Module, path: str, role: str) -> None:
-    if not getattr(model, "num_prefix_tokens", 0) or getattr(model, "cls_token", None) is None:
-        raise UserError(
-            f"saliency.method=attention reads the class token's attention row, and the {role} "
-            f"({type(model).__name__}) has no class token; use gradient, grad_cam or hirescam"
+def _is_void(model: nn.Module, path: str, method: str) -> bool:
+    how = methods.load(method)
+    return how.INNER_GRADIENT and reading(model, path) in how.VOID
+
+
+# ---- maps
+
+
+class MissingGradient(UserError):
+    """The score does not depend on a tap that was not known to be void; holds its path."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"saliency.taps: the class score does not depend on the output of {path!r}: there is no gradient to make a "
+            "map of; tap another module"
         )
-    attention = model.get_submodule(path.removesuffix(".qkv"))
-    # others (BEiT, EVA) add positions inside the attention, and do not call their qkv
-    if not path.endswith(".qkv") or not isinstance(attention, Attention):
-        raise UserError(
-            f"saliency.method=attention: {path!r} of the {role} is no attention layer with a joint qkv"
-        )
+        self.path = path
 
 
-def class_token_query_keys(model: nn.Module, path: str, qkv: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Split a joint projection (B, T, 3 H d) into the class token's query (B, H, d) and the keys (B, H, T, d)."""
-    attention: Any = model.get_submodule(path.removesuffix(".qkv"))
-    batch, tokens, _ = qkv.shape
-    query, key, _ = qkv.reshape(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-    return attention.q_norm(query[:, :, 0]), attention.k_norm(key), float(attention.scale)
+def feature_gradients(
+    score: Tensor,
+    features: list[Tensor],
+    paths: list[str],
+    *,
+    create_graph: bool,
+    context: AbstractContextManager[object] | None = None,
+) -> list[Tensor]:
+    """Differentiate the score with respect to each tap's features: the only inner gradient of the project.
 
+    `create_graph` keeps the graph for the second derivative (the student in training). `context` is what an engine
+    needs around the inner gradient, such as keeping sharded parameters gathered.
 
-def tapped_forward(
-    model: nn.Module, images: Tensor, paths: list[str], *, leaf: bool = False
-) -> tuple[Tensor | tuple[Tensor, Tensor], list[Tensor]]:
-    """Run the model and keep the outputs of the tapped modules.
-
-    With `leaf` (a frozen model) the first tapped output starts the graph, so that the gradient of the score with
-    respect to the taps costs nothing before it.
-
-    Returns:
-        The model's output, and the features in the order of `paths`: (B, T, D) tokens or (B, D, h, w).
+    Raises:
+        MissingGradient: the score does not depend on a feature.
     """
-    kept: dict[str, Tensor] = {}
+    if not score.requires_grad:
+        raise MissingGradient(paths[0])
+    with context or nullcontext():
+        gradients = torch.autograd.grad(
+            score, features, create_graph=create_graph, retain_graph=create_graph, allow_unused=True
+        )
+    for path, gradient in zip(paths, gradients, strict=True):
+        if gradient is None:
+            raise MissingGradient(path)
+    return list(gradients)
 
-    def keep(path: str):
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            if leaf and not output.requires_grad:
-                output = output.detach().requires_grad_()
-            kept[path] = output
-            return output
 
-        return hook
+def token_grid(model: nn.Module, path: str, tokens: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of a tap's patch tokens on images of `size` (height, width).
 
-    handles = [model.get_submodule(path).register_forward_hook(keep(path)) for path in dict.fromkeys(paths)]
-    try:
-        output = model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return output, [kept[path] for path in paths]
+    Raises:
+        UserError: they form no grid of the image's shape.
+    """
+    height, width = size
+    patch: Any = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch is not None:
+        down, right = patch if isinstance(patch, (tuple, list)) else (patch, patch)
+        rows, columns = -(-height // down), -(-width // right)
+        if rows * columns == tokens:
+            return rows, columns
+    rows = max(round((tokens * height / width) ** 0.5), 1)
+    columns = tokens // rows
+    if tokens == 0 or rows * columns != tokens or rows * width != columns * height:
+        raise UserError(
+            f"saliency.taps: {path!r} gives {tokens} patch tokens, which form no grid on images of {height} x {width} "
+            "pixels; tap another module"
+        )
+    return rows, columns
 
 
 def forward_with_maps(
     model: nn.Module,
     images: Tensor,
     paths: list[str],
-    method: Method,
+    method: str,
     target: Tensor,
     *,
     frozen: bool,
     context: AbstractContextManager[object] | None = None,
-) -> tuple[Tensor | tuple[Tensor, Tensor], list[Tensor]]:
+) -> tuple[Output, list[Tensor]]:
     """Run student or teacher and compute one saliency map a tap: the same function for both.
 
     images (B, 3, r, r), target (B,) class numbers or (B, K) probabilities. A `frozen` model (the teacher) gives
     detached, first-order maps; otherwise the maps can be differentiated again. `context` goes around the inner
-    gradient (`saliency.feature_gradients`).
+    gradient (`feature_gradients`).
 
     Returns:
-        The model's output, and for each path a map (B, N) in fp32, not normalised.
+        The model's output, and for each path a map (B, h, w) in fp32, not normalised.
+
+    Raises:
+        MissingGradient: the score does not depend on a tap.
+        UserError: a tap gives no patch tokens, or none that form a grid.
     """
-    needs_gradient = method != "attention"
-    with torch.set_grad_enabled(needs_gradient or not frozen):
-        output, features = tapped_forward(model, images, paths, leaf=frozen and needs_gradient)
-        if not needs_gradient:
+    how, size = methods.load(method), (images.shape[2], images.shape[3])
+    if not how.INNER_GRADIENT:
+        with torch.set_grad_enabled(not frozen):
+            output, features = tapped_forward(model, images, paths)
+            flat = [how.saliency_map(model, path, f) for path, f in zip(paths, features, strict=True)]
             maps = [
-                saliency.attention_map(*class_token_query_keys(model, path, qkv), _prefix_tokens(model))
-                for path, qkv in zip(paths, features, strict=True)
+                m.unflatten(1, token_grid(model, path, m.shape[1], size))
+                for path, m in zip(paths, flat, strict=True)
             ]
-            return output, maps
+        return output, maps
+    with torch.enable_grad():
+        output, features = tapped_forward(model, images, paths)
         closed = [path == "norm" and _mean_pooled_linear(model) for path in paths]
-        differentiated = [f for f, known in zip(features, closed, strict=True) if not known]
-        gradients = iter(
-            saliency.feature_gradients(
-                saliency.class_score(inference_logits(output), target),
-                differentiated,
-                create_graph=not frozen,
-                context=context,
-            )
-            if differentiated
-            else []
-        )
+        differentiated = [i for i, known in enumerate(closed) if not known]
+        gradients: dict[int, Tensor] = {}
+        if differentiated:
+            score = saliency.class_score(inference_logits(output), target)
+            asked, where = [features[i] for i in differentiated], [paths[i] for i in differentiated]
+            found = feature_gradients(score, asked, where, create_graph=not frozen, context=context)
+            gradients = dict(zip(differentiated, found, strict=True))
         maps = []
-        for feature, known in zip(features, closed, strict=True):
-            feature_tokens = saliency.patch_tokens(feature, _prefix_tokens(model))
-            if known:
-                weight: Tensor = model.head.weight  # type: ignore[union-attr,assignment]
-                gradient = saliency.linear_head_gradient(weight, target, feature_tokens.shape[1])
+        for i, (path, feature) in enumerate(zip(paths, features, strict=True)):
+            tokens, grid = _patches(model, path, feature, size)
+            if i in gradients:
+                gradient, _ = _patches(model, path, gradients[i], size)
             else:
-                gradient = saliency.patch_tokens(next(gradients), _prefix_tokens(model))
-            maps.append(saliency.GRADIENT_MAPS[method](feature_tokens, gradient))
+                weight: Tensor = model.head.weight  # type: ignore[union-attr,assignment]
+                gradient = saliency.linear_head_gradient(weight, target, tokens.shape[1])
+            maps.append(how.saliency_map(tokens, gradient).unflatten(1, grid))
     if frozen:
         return _detached(output), [m.detach() for m in maps]
     return output, maps
 
 
-def _prefix_tokens(model: nn.Module) -> int:
-    return int(getattr(model, "num_prefix_tokens", 0))
+def _patches(
+    model: nn.Module, path: str, features: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, tuple[int, int]]:
+    """Patch tokens (B, N, D) of a tap's features, and their rows and columns."""
+    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    if features.ndim == 4:
+        last = put_taps(model, [path])[path].is_channels_last(features.shape)
+        grid = features.shape[1:3] if last else features.shape[2:4]
+        return saliency.patch_tokens(features, prefix, last), (grid[0], grid[1])
+    if features.ndim != 3:
+        raise UserError(f"saliency.taps: {path!r} gives {tuple(features.shape)}, no patch tokens and no grid")
+    tokens = saliency.patch_tokens(features, prefix)
+    return tokens, token_grid(model, path, tokens.shape[1], size)
 
 
 def _mean_pooled_linear(model: nn.Module) -> bool:
@@ -263,5 +295,5 @@ def _mean_pooled_linear(model: nn.Module) -> bool:
     )
 
 
-def _detached(output: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+def _detached(output: Output) -> Output:
     return tuple(o.detach() for o in output) if isinstance(output, tuple) else output.detach()  # type: ignore[return-value]

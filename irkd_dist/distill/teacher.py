@@ -26,9 +26,12 @@ class Teacher:
 
     model: nn.Module
     paths: list[str]
-    method: taps.Method
+    method: str
     autocast: torch.dtype | None = None
     renormalize: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        taps.put_taps(self.model, self.paths)
 
     def __call__(self, images: Tensor, target: Tensor, aligned: int = 0, logits: bool = True) -> Targets:
         """Compute targets for images (B, 3, r, r): logits of all, maps of the first `aligned` samples."""

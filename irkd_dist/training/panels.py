@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from irkd_dist.data.loader import Loader
-from irkd_dist.distill import saliency
+from irkd_dist.distill import methods, saliency
 from irkd_dist.training import setup
 from irkd_dist.training.setup import Job
 
@@ -25,7 +25,7 @@ def save(job: Job, loader: Loader, stage: int, epoch: int, resolution: int) -> N
     """
     count = job.config.track.panels
     method = job.config.loss.saliency.method
-    if not count or not job.student_taps or (job.engine.no_inner_gradient and method != "attention"):
+    if not count or not job.student_taps or (job.engine.no_inner_gradient and methods.inner_gradient(method)):
         return
     batch = next(iter(loader.batches(0)))
     images, labels = batch.images[:count], batch.labels[:count]
@@ -68,7 +68,5 @@ def load(run: Path) -> list[tuple[int, int, dict[str, np.ndarray]]]:
 
 
 def average(maps: list[Tensor]) -> np.ndarray:
-    """Average normalised maps (P, N) over the taps, as square grids (P, h, w) of fp32."""
-    mean = torch.stack([saliency.normalize_map(m, "minmax")[0] for m in maps]).mean(0)
-    side = saliency.grid_side(mean.shape[1])
-    return mean.reshape(-1, side, side).cpu().numpy()
+    """Maps (P, h, w) of the taps as one: normalised, on the largest of their grids, averaged, in fp32."""
+    return saliency.mean_map(maps).cpu().numpy()

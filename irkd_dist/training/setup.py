@@ -19,7 +19,7 @@ from irkd_dist import config as configuration
 from irkd_dist.config import Config, Stage
 from irkd_dist.data import loader as loading
 from irkd_dist.data import shards
-from irkd_dist.distill import measure, models, taps
+from irkd_dist.distill import measure, methods, models, taps
 from irkd_dist.distill.measure import TappedModel
 from irkd_dist.distill.module import Distiller, Objective, Targets
 from irkd_dist.distill.teacher import Teacher, freeze
@@ -104,7 +104,7 @@ def build(config: Config, engine: Engine) -> Job:
         teacher_folders = _teacher_folders(config, stages, network.folder, notes)
     else:
         taps = _taps_alone(config, student)
-    second_order = saliency.gamma > 0 and saliency.method != "attention"
+    second_order = saliency.gamma > 0 and methods.inner_gradient(saliency.method)
     if second_order or engine.device.type == "cpu":
         # fused kernels have no second derivative, and on a CPU their backward is slower than explicit products
         models.without_fused_attention(student)
@@ -467,7 +467,7 @@ def _teacher(
         )
         mean, std = (torch.tensor(v, device=engine.device).view(3, 1, 1) for v in (network.mean, network.std))
         renormalize = (ours_std / std, (ours_mean - mean) / std)
-    inner_gradient = saliency.gamma > 0 and saliency.method != "attention"
+    inner_gradient = saliency.gamma > 0 and methods.inner_gradient(saliency.method)
     if _teacher_sharded(config, engine):  # shards are of one type, and reach the device one by one
         model = freeze(network.model, None, inner_gradient, engine.device)
     else:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from irkd_dist.distill import saliency
+from irkd_dist.distill import methods, saliency
 from irkd_dist.distill.taps import forward_with_maps, tapped_forward
 from tests.distill import plain_vit as plain
 
@@ -43,7 +43,7 @@ def product_loss(
 ) -> Tensor:
     method, kind = how
     _, maps = forward_with_maps(student, images, ours, method, target, frozen=False)
-    theirs = [saliency.resize_map(t, m.shape[1]) for t, m in zip(teacher_maps, maps, strict=True)]
+    theirs = [saliency.resize_map(t, m.shape[1:]) for t, m in zip(teacher_maps, maps, strict=True)]
     per_sample, flat = saliency.saliency_loss(maps, theirs, kind)
     assert flat <= 0.6 * len(maps) * len(images), (
         "a ReLU may leave a map empty, but there must be something to test"
@@ -90,8 +90,8 @@ def test_maps_and_weight_gradients_equal_plain_autograd(head: str, method: str, 
         _, teacher_maps = forward_with_maps(
             teacher, images, theirs, method, target, frozen=True  # type: ignore[arg-type]
         )  # fmt: skip
-        assert maps[0].shape == (3, (resolution // 4) ** 2)
-        assert teacher_maps[0].shape == (3, (resolution // 2) ** 2)
+        assert maps[0].shape == (3, resolution // 4, resolution // 4)
+        assert teacher_maps[0].shape == (3, resolution // 2, resolution // 2)
         for model, paths, got in ((student, ours, maps), (teacher, theirs, teacher_maps)):
             for i in range(3):
                 weights_ask = model is student
@@ -100,7 +100,9 @@ def test_maps_and_weight_gradients_equal_plain_autograd(head: str, method: str, 
                     expected = plain.maps(model, images[i], target[i], paths, method)
                     model.requires_grad_(weights_ask)
                 for path, m, e in zip(paths, got, expected, strict=True):
-                    torch.testing.assert_close(m[i], e, rtol=1e-8, atol=1e-10, msg=f"{path} of sample {i}")
+                    torch.testing.assert_close(
+                        m[i].flatten(), e, rtol=1e-8, atol=1e-10, msg=f"{path} of sample {i}"
+                    )
         for kind in ("minmax", "l2"):
             how = (method, kind)
             loss = product_loss(student, ours, teacher_maps, images, target, how)
@@ -123,7 +125,7 @@ def test_attention_follows_query_and_key_norms() -> None:
     _, maps = forward_with_maps(student, images, paths, "attention", target, frozen=False)
     for i in range(2):
         for m, e in zip(maps, plain.maps(student, images[i], target[i], paths, "attention"), strict=True):
-            torch.testing.assert_close(m[i], e, rtol=1e-9, atol=0)
+            torch.testing.assert_close(m[i].flatten(), e, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("method", ["gradient", "grad_cam", "hirescam"])
@@ -150,7 +152,7 @@ def test_map_is_the_difference_quotient_of_the_score(method: str) -> None:
         "grad_cam": (slope.mean(0) * features).sum(1).relu(),
         "hirescam": (slope * features).sum(1).relu(),
     }[method]
-    torch.testing.assert_close(maps[0][0], expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(maps[0][0].flatten(), expected, rtol=1e-6, atol=1e-8)
 
 
 # -- (b) finite differences ------------------------------------------------------------------------
@@ -194,9 +196,10 @@ def test_weight_gradients_equal_finite_differences(
     ours, teacher, theirs = paired(head, method)
     student, images, target = away_from_kinks(head, method, resolution, ours, soft)
     _, teacher_maps = forward_with_maps(teacher, images, theirs, method, target, frozen=True)  # type: ignore[arg-type]
-    patches = (resolution // plain.PATCH) ** 2
+    side = resolution // plain.PATCH
     teacher_maps = [
-        torch.stack([plain.resized(m, patches) for m in t]) for t in teacher_maps
+        torch.stack([plain.resized(m.flatten(), side**2) for m in t]).view(-1, side, side)
+        for t in teacher_maps
     ]  # once, it is slow
     how = (method, kind)
     exact = gradients(product_loss(student, ours, teacher_maps, images, target, how), student)
@@ -286,7 +289,7 @@ def test_map_kinks_are_finite(method: str) -> None:
     """Ties in the max over D, gradients of exactly 0, a ReLU at exactly 0."""
     features = torch.tensor([[[1.0, -1.0], [2.0, 2.0], [0.0, 0.0]]], dtype=torch.float64).requires_grad_()
     gradient = torch.tensor([[[0.5, 0.5], [-1.0, 1.0], [0.0, 0.0]]], dtype=torch.float64).requires_grad_()
-    m = saliency.GRADIENT_MAPS[method](features, gradient)
+    m = methods.load(method).saliency_map(features, gradient)
     assert m.isfinite().all()
     slopes = torch.autograd.grad(m.sum(), (features, gradient), allow_unused=True)
     assert all(s.isfinite().all() for s in slopes if s is not None)
@@ -358,7 +361,7 @@ def test_head_dropout_in_training_is_part_of_the_map() -> None:
     for i in range(2):
         features = plain.forward(model, images[i])[1]["norm"]
         expected = (features * kept[i] * model.head.weight[target[i]] / 16).sum(1).relu()
-        torch.testing.assert_close(m[i], expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(m[i].flatten(), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_closed_form_with_a_class_token_left_out_of_the_pool() -> None:
@@ -368,7 +371,7 @@ def test_closed_form_with_a_class_token_left_out_of_the_pool() -> None:
     for i in range(2):
         expected = plain.maps(model, images[i], target[i], ["norm", "blocks.1"], "hirescam")
         for m, e in zip(maps, expected, strict=True):
-            torch.testing.assert_close(m[i], e, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(m[i].flatten(), e, rtol=1e-9, atol=1e-12)
 
 
 def test_gradient_map_at_a_linear_head_is_constant_so_flat() -> None:
@@ -376,7 +379,7 @@ def test_gradient_map_at_a_linear_head_is_constant_so_flat() -> None:
     images, target = plain.inputs(2, 12, seed=12)
     _, (m,) = forward_with_maps(model, images, ["norm"], "gradient", target, frozen=False)
     expected = model.head.weight[target].abs().amax(1) / 9
-    torch.testing.assert_close(m, expected[:, None].expand(2, 9))
+    torch.testing.assert_close(m, expected[:, None, None].expand(2, 3, 3))
     loss, flat = saliency.saliency_loss([m], [torch.rand_like(m)], "minmax")
     assert flat == 2
     assert all((g == 0).all() for g in gradients(loss.sum(), model).values())
@@ -419,16 +422,37 @@ def test_l2_does_not_shrink_with_the_grid_and_teacher_gets_no_gradient() -> None
 
 @pytest.mark.parametrize(("old", "new"), [(8, 4), (6, 3), (4, 3), (3, 8), (2, 5), (1, 3)])
 def test_resize_is_bilinear(old: int, new: int) -> None:
-    maps = torch.rand(3, old * old, dtype=torch.float64)
-    got = saliency.resize_map(maps, new * new)
+    maps = torch.rand(3, old, old, dtype=torch.float64)
+    got = saliency.resize_map(maps, (new, new))
     for m, g in zip(maps, got, strict=True):
-        torch.testing.assert_close(g, plain.resized(m, new * new))
+        torch.testing.assert_close(g.flatten(), plain.resized(m.flatten(), new * new))
 
 
-def test_resize_refuses_what_is_no_square() -> None:
-    assert saliency.resize_map(torch.ones(1, 12), 12).shape == (1, 12)
-    with pytest.raises(ValueError, match="12 patch tokens form no square grid"):
-        saliency.resize_map(torch.ones(1, 12), 9)
+def test_resize_of_a_grid_that_is_no_square() -> None:
+    """Constant along one side, and linear between the centres of its pixels along the other."""
+    column = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    got = saliency.resize_map(column[None, :, None].expand(2, 3, 4), (6, 2))
+    expected = torch.tensor([0.0, 0.25, 0.75, 1.25, 1.75, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(got, expected[None, :, None].expand(2, 6, 2))
+    same = torch.rand(1, 3, 4)
+    assert saliency.resize_map(same, (3, 4)) is same
+
+
+def test_the_mean_of_maps_is_on_the_largest_grid() -> None:
+    small, large = torch.rand(2, 1, 2), torch.rand(2, 4, 3)
+    got = saliency.mean_map([small, large])
+    resized = saliency.resize_map(saliency.normalize_map(small, "minmax")[0], (4, 3))
+    torch.testing.assert_close(got, (resized + saliency.normalize_map(large, "minmax")[0]) / 2)
+
+
+@pytest.mark.parametrize("kind", ["minmax", "l2"])
+def test_nan_is_not_flat(kind: str) -> None:
+    good, bad = torch.rand(2, 2, 2), torch.rand(2, 2, 2)
+    bad[1, 0, 1] = float("nan")
+    for pair in (([good], [bad]), ([bad], [good])):
+        loss, flat = saliency.saliency_loss(*pair, kind)
+        assert flat == 0
+        assert loss.isnan().tolist() == [False, True]
 
 
 def test_class_score() -> None:
@@ -466,4 +490,4 @@ def test_maps_are_fp32_under_bf16_autocast(method: str) -> None:
     if method == "attention":
         query, key, _ = qkv.double().reshape(2, 10, 3, 2, 8).permute(2, 0, 3, 1, 4)
         expected = (query[:, :, :1] @ key.transpose(2, 3) / math.sqrt(8)).softmax(-1)[:, :, 0, 1:].mean(1)
-        torch.testing.assert_close(m.double(), expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(m.flatten(1).double(), expected, rtol=1e-5, atol=1e-7)
