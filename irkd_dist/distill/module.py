@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from irkd_dist.distill import losses, models, saliency, taps
+from irkd_dist.distill import losses, methods, models, saliency, taps
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class Distiller(nn.Module):
         self.objective = objective
         self.autocast = autocast
         self.inner_grad_context = inner_grad_context
+        methods.load(objective.method)
         taps.put_taps(student, objective.taps)
+        self.compute: Callable[..., dict[str, Tensor]] = self.terms  # or that, compiled (`compiling`)
 
     def forward(
         self,
@@ -70,6 +72,19 @@ class Distiller(nn.Module):
         alpha: float = 0.0,
         gamma: float = 0.0,
         saliency_scale: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """The named loss terms of a batch share: see `terms`."""
+        return self.compute(images, target, weight, targets, alpha, gamma, saliency_scale)
+
+    def terms(
+        self,
+        images: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        targets: Targets,
+        alpha: float,
+        gamma: float,
+        saliency_scale: float,
     ) -> dict[str, Tensor]:
         """Compute the named loss terms of a batch share.
 

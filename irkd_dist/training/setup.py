@@ -119,6 +119,7 @@ def build(config: Config, engine: Engine) -> Job:
     )
     _check_forward(config, manifest, stages, student, taps, teacher)
     distiller = Distiller(student, objective, engine.autocast)
+    _compile(config, engine, distiller, teacher, notes)
     groups = optim.parameter_groups(student, config.optim.weight_decay)
     # fused: one pass over each tensor, the same arithmetic on every device
     optimizer = torch.optim.AdamW(
@@ -146,6 +147,25 @@ def build(config: Config, engine: Engine) -> Job:
     if engine.settles and engine.world > 1:
         _settle(job)
     return job
+
+
+def _compile(
+    config: Config, engine: Engine, distiller: Distiller, teacher: Teacher | None, notes: list[str]
+) -> None:
+    if config.compile == "off":
+        return
+    from irkd_dist.distill import compiling
+
+    why = compiling.why_not(engine.device, engine.name)
+    if why is not None and config.compile == "on":
+        raise UserError(f"compile=on, but {why}; use compile=auto or off")
+    if why is not None:
+        notes.append(f"compile=auto: nothing is compiled, {why}")
+        return
+    compiling.compiled(distiller)
+    if teacher is not None and not _teacher_sharded(config, engine):
+        compiling.compiled_teacher(teacher)
+    notes.append("torch.compile: the first step of each stage takes a minute or more")
 
 
 def _settle(job: Job) -> None:

@@ -53,6 +53,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
     yield tmp_path
     for name in ("input_x_gradient", "norm"):
+        methods.LOADED.pop(name, None)
         sys.modules.pop(f"{methods.__name__}.{name}", None)
 
 

@@ -25,6 +25,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+LOADED: dict[str, Any] = {}
+
 
 def names() -> list[str]:
     """The methods there are."""
@@ -33,7 +35,9 @@ def names() -> list[str]:
 
 def load(name: str) -> Any:
     """A method's module."""
-    return importlib.import_module(f"{__name__}.{name}")
+    if name not in LOADED:  # torch.compile takes a look-up along, but no import
+        LOADED[name] = importlib.import_module(f"{__name__}.{name}")
+    return LOADED[name]
 
 
 def inner_gradient(name: str) -> bool:
