@@ -120,7 +120,7 @@ def test_names_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no .*/nowhere/config\.json"):
         hub.look_up(f"local-dir:{tmp_path}/nowhere", "student.name")
     with pytest.raises(
-        UserError, match="a folder with config.json is local-dir:org/name, a model of the hub hf-hub:org"
+        UserError, match=r"a folder with config.json is local-dir:org/name, a model of the hub hf-hub:org"
     ):
         hub.look_up("org/name", "student.name")
     with pytest.raises(UserError, match="no model is named 'resnet10'; did you mean"):
