@@ -146,7 +146,7 @@ def count_bar(what: str) -> Iterator[tuple[Any, Any]]:
             if not console.is_terminal and (done == total or done % max(total // 10, 1) == 0):
                 console.print(f"{done} of {total} {what}")
 
-        yield progress, console.print
+        yield progress, lambda text: console.print(text, markup=False)
 
 
 def reach(backend: str, mode: str) -> str:

@@ -291,7 +291,7 @@ def test_crop_keeps_the_full_size_only(tmp_path: Path) -> None:
 def test_enlarging_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert _render(tmp_path / "out", *SYNTHETIC, "--resolutions", "20") == 0
     captured = capsys.readouterr()
-    assert (captured.out + captured.err).count("smaller than 20 px and were enlarged") == 1
+    assert captured.out.count("150 images are smaller than the largest resolution, and enlarged") == 1
 
 
 def _two_classes(root: Path) -> Path:
