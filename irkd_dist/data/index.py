@@ -54,9 +54,11 @@ def file_name(tar: str) -> str:
     return tar.removesuffix(".tar") + ".index.json"
 
 
-def encode(index: Index) -> bytes:
+def encode(index: Index, tar: str) -> bytes:
+    """The index as a file; tar: the sha256 of the tar that it is of."""
     masks = index.mask.tolist() if (index.mask[:, 1] >= 0).any() else None
     columns = {
+        "tar": tar,
         "keys": index.keys,
         "labels": index.labels.tolist(),
         "image": index.image.tolist(),
@@ -65,10 +67,15 @@ def encode(index: Index) -> bytes:
     return json.dumps(columns, separators=(",", ":")).encode()
 
 
-def decode(data: bytes, end: int) -> Index:
-    """The index in `data` of a tar of `end` bytes. Raises ValueError when it is none, or points outside the tar."""
+def decode(data: bytes, end: int, tar: str) -> Index | None:
+    """The index in `data` of a tar of `end` bytes and this sha256; None if it is of another tar.
+
+    Raises ValueError when it is no index, or points outside the tar.
+    """
     try:
         raw = json.loads(data)
+        if raw["tar"] != tar:
+            return None
         keys, count = raw["keys"], len(raw["keys"])
         labels, image = _whole(raw["labels"], (count,)), _whole(raw["image"], (count, 2))
         mask = (
@@ -88,7 +95,7 @@ def decode(data: bytes, end: int) -> Index:
 
 def _whole(values: Any, shape: tuple[int, ...]) -> np.ndarray:
     array = np.array(values)  # no dtype: it would cut 1.5 to 1
-    if not array.size:
+    if not array.size and 0 in shape:
         array = np.zeros(shape, np.int64)
     if array.dtype != np.int64 or array.shape != shape:
         raise ValueError(f"its numbers are {array.dtype} {array.shape}, not int64 {shape}")
@@ -206,10 +213,11 @@ def _text(name: bytes) -> str:
 def _pax(data: bytes) -> dict[str, str]:
     records, position = {}, 0
     while position < len(data.rstrip(b"\0")):
-        digits, space, _ = data[position : position + 20].partition(b" ")
-        length = int(digits) if space and digits.isdigit() else 0
-        key, equals, value = data[position + len(digits) + 1 : position + length - 1].partition(b"=")
-        if not equals or position + length > len(data):  # a length of 0 would go round for ever
+        digits, _, _ = data[position : position + 20].partition(b" ")
+        length = int(digits) if digits.isdigit() else 0
+        record = data[position : position + length]
+        key, equals, value = record[len(digits) + 1 : -1].partition(b"=")
+        if not equals or len(record) != length or record[-1:] != b"\n":  # a length of 0 would go round for ever
             raise ValueError(f"record {data[position : position + 20]!r} of a PAX header is damaged")
         records[_text(key)] = _text(value)
         position += length

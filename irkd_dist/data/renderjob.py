@@ -152,12 +152,12 @@ def _save(folder: Path, name: str, stream: io.BytesIO, samples: int, encoding: E
         file.write(data)
     listed = index.scan(lambda count, at: bytes(data[at : at + count]), len(data), encoding)
     digest = hashlib.sha256(data).hexdigest()
-    return Shard(name, samples, len(data), digest, _write_index(folder / name, listed))
+    return Shard(name, samples, len(data), digest, _write_index(folder / name, listed, digest))
 
 
-def _write_index(tar: Path, listed: index.Index) -> str:
-    """Write the index beside its tar; returns its sha256."""
-    data = index.encode(listed)
+def _write_index(tar: Path, listed: index.Index, digest: str) -> str:
+    """Write the index beside its tar, whose sha256 is `digest`; returns its own."""
+    data = index.encode(listed, digest)
     with files.atomic(tar.with_name(index.file_name(tar.name))) as file:
         file.write(data)
     return hashlib.sha256(data).hexdigest()
@@ -196,4 +196,5 @@ def _with_index(folder: Path, shard: Shard, encoding: Encoding) -> Shard:
     """The shard, with the index that it has not got if it was rendered before there were any."""
     if shard.index is not None:
         return shard
-    return replace(shard, index=_write_index(folder / shard.name, shards.scan(folder / shard.name, encoding)))
+    tar = folder / shard.name
+    return replace(shard, index=_write_index(tar, shards.scan(tar, encoding), shard.sha256))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -134,6 +133,8 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
         raise ValueError(f"unknown encoding {raw['encoding']!r} or mode {raw['mode']!r}")
     if not isinstance(raw["classes"], list) or not raw["classes"]:
         raise ValueError("classes is no list of names")
+    if not all(isinstance(name, str) for name in raw["classes"]):
+        raise ValueError(f"classes holds what is no name: {next(c for c in raw['classes'] if type(c) is not str)!r}")
     shards = {
         resolution: {split: tuple(_shard(record) for record in listed) for split, listed in splits.items()}
         for resolution, splits in raw["shards"].items()
@@ -142,7 +143,7 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
         version=raw["version"],
         dataset=printable(str(raw["dataset"])),
         source=printable(str(raw["source"])),
-        classes=tuple(printable(str(name)) for name in raw["classes"]),
+        classes=tuple(printable(name) for name in raw["classes"]),
         mean=_triple(raw, "mean", 0.0, 1.0),
         std=_triple(raw, "std", 1e-9, 1.0),
         mode=raw["mode"],
@@ -175,7 +176,7 @@ def _whole(key: str, value: Any, least: int = 0, most: int = _MOST) -> int:
 
 
 def _number(key: str, value: Any, least: float, most: float) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
+    if type(value) not in (int, float) or not least <= value <= most:
         raise ValueError(f"{key} is {str(value)[:40]!r}, not a number from {least} to {most}")
     return float(value)
 
@@ -236,10 +237,15 @@ def open_split(
 
 
 def index_of(path: Path, shard: Shard, encoding: Encoding) -> Index:
-    """The index of a shard: read, or scanned where it was rendered without. Raises ValueError, OSError."""
-    if shard.index is not None:
-        return index.decode(files.read(path.with_name(index.file_name(path.name))), shard.bytes)
-    return scan(path, encoding)
+    """The index of a shard: read, or scanned where there is none of this very tar. Raises ValueError, OSError."""
+    return written_index(path, shard) or scan(path, encoding)
+
+
+def written_index(path: Path, shard: Shard) -> Index | None:
+    """The index that was written beside a shard's tar; None: none, or of another tar. Raises ValueError, OSError."""
+    if shard.index is None:
+        return None
+    return index.decode(files.read(path.with_name(index.file_name(path.name))), shard.bytes, shard.sha256)
 
 
 def scan(path: Path, encoding: Encoding) -> Index:
