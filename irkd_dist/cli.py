@@ -225,6 +225,7 @@ def _render(arguments: argparse.Namespace) -> int:
         resolutions, arguments.mode, arguments.encoding, arguments.samples_per_shard, arguments.val_fraction,
         arguments.seed, arguments.limit, arguments.dataset, arguments.workers, arguments.max_bad, arguments.fit,
     )  # fmt: skip
+    render.check(options)
     source = open_source(
         arguments.source, arguments.path, image_column=arguments.image_column, label_column=arguments.label_column,
         download=arguments.download, samples=_samples(arguments.samples), seed=arguments.seed,
@@ -353,7 +354,7 @@ def _part(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     number, slash, count = text.partition("/")
-    if not slash or not number.isdigit() or not count.isdigit() or not 1 <= int(number) <= int(count):
+    if not slash or not number.isdecimal() or not count.isdecimal() or not 1 <= int(number) <= int(count):
         raise UserError(f"--part {text!r} is not of the form I/N with I from 1 to N")
     return int(number) - 1, int(count)
 
@@ -364,7 +365,7 @@ def _samples(text: str | None) -> dict[str, int] | None:
     result = {}
     for item in text.split(","):
         split, _, count = item.partition("=")
-        if split not in ("train", "val", "test") or not count.isdigit():
+        if split not in ("train", "val", "test") or not count.isdecimal() or len(count) > 12:
             raise UserError(f"--samples {text!r} is not of the form train=4000,test=1000")
         result[split] = int(count)
     return result

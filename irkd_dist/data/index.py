@@ -217,7 +217,9 @@ def _pax(data: bytes) -> dict[str, str]:
         length = int(digits) if digits.isdigit() else 0
         record = data[position : position + length]
         key, equals, value = record[len(digits) + 1 : -1].partition(b"=")
-        if not equals or len(record) != length or record[-1:] != b"\n":  # a length of 0 would go round for ever
+        if (
+            not equals or len(record) != length or record[-1:] != b"\n"
+        ):  # a length of 0 would go round for ever
             raise ValueError(f"record {data[position : position + 20]!r} of a PAX header is damaged")
         records[_text(key)] = _text(value)
         position += length

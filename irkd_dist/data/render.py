@@ -37,6 +37,9 @@ from irkd_dist.data.shards import Manifest, Shard
 from irkd_dist.data.sources import Source
 from irkd_dist.errors import UserError
 
+LARGEST = 8192  # pixels
+MOST_WORKERS = 1024
+
 
 def render(
     source: Source,
@@ -56,7 +59,7 @@ def render(
     Raises:
         UserError: unreadable images over the limit, a folder with another render in it, no space left.
     """
-    _check(options)
+    check(options)
     resolutions = (
         (max(options.resolutions),) if options.mode == "crop" else tuple(sorted(set(options.resolutions)))
     )
@@ -99,12 +102,20 @@ def _said(facts: dict[str, int], fit: Fit) -> list[str]:
     ]
 
 
-def _check(options: Options) -> None:
-    if not options.resolutions or min(options.resolutions) < 1:
-        raise UserError(f"--resolutions {options.resolutions}: give sizes in pixels, e.g. 12,16,20,24,28,32")
+def check(options: Options) -> None:
+    """Raises UserError for options that make no sense."""
+    if not options.resolutions or min(options.resolutions) < 1 or max(options.resolutions) > LARGEST:
+        raise UserError(
+            f"--resolutions {','.join(map(str, options.resolutions))}: give sizes in pixels up to {LARGEST}, "
+            "e.g. 12,16,20,24,28,32"
+        )
     if not 0 <= options.val_fraction < 1:
         raise UserError(
             f"--val-fraction {options.val_fraction} is not a part of the training images; use 0 to 0.5"
+        )
+    if options.workers > MOST_WORKERS:
+        raise UserError(
+            f"--workers {options.workers} must be at most {MOST_WORKERS}; try the number of cores"
         )
     for name, least in (("samples_per_shard", 1), ("workers", 1), ("limit", 1), ("max_bad", 0)):
         value = getattr(options, name)

@@ -134,7 +134,9 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
     if not isinstance(raw["classes"], list) or not raw["classes"]:
         raise ValueError("classes is no list of names")
     if not all(isinstance(name, str) for name in raw["classes"]):
-        raise ValueError(f"classes holds what is no name: {next(c for c in raw['classes'] if type(c) is not str)!r}")
+        raise ValueError(
+            f"classes holds what is no name: {next(c for c in raw['classes'] if type(c) is not str)!r}"
+        )
     shards = {
         resolution: {split: tuple(_shard(record) for record in listed) for split, listed in splits.items()}
         for resolution, splits in raw["shards"].items()

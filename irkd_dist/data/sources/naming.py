@@ -92,7 +92,7 @@ def _renumbered(source: Source, found: list[int]) -> Source:
 
 
 def _span(found: list[int]) -> str:
-    if found == list(range(found[0], found[-1] + 1)):
+    if len(found) == found[-1] - found[0] + 1:  # they ascend
         return f"{found[0]} to {found[-1]}"
     shown = ", ".join(map(str, found[:6]))
     return f"{shown}, ... {found[-1]} ({len(found)} of them)" if len(found) > 6 else shown
