@@ -43,7 +43,7 @@ class Done:
     def refused(self, *words: str) -> Done:
         """Assert that it ended with 2 and said these words in its error."""
         assert self.code == 2, self.said[-3000:]
-        assert self.err.startswith("irkd: error: "), self.err
+        assert any(line.startswith("irkd: error: ") for line in self.err.splitlines()), self.err
         missing = [word for word in words if word not in self.err]
         assert not missing, self.err
         return self._says(())

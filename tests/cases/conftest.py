@@ -40,7 +40,12 @@ def config(small: Path, tmp_path: Path) -> Path:
 def _finished(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the configuration of two stages and its finished run, checkpoints every third step and all kept."""
     folder = tmp_path_factory.mktemp("finished")
-    changes = {"curriculum": TWO_STAGES, "checkpoint": {"keep": 20, "every_steps": 3}, "fixed": None, "name": "r"}
+    changes = {
+        "curriculum": TWO_STAGES,
+        "checkpoint": {"keep": 20, "every_steps": 3},
+        "fixed": None,
+        "name": "r",
+    }
     file = write_config(folder / "c.yaml", small, **changes)
     irkd("train", file).well()
     return folder

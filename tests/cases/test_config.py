@@ -82,7 +82,9 @@ WRONG_FILES = {
     "two": b"seed: 1\n---\nseed: 2\n",
     "loop": b"data: &d {shards: *d}\n",
     "laughs": b"a: &a [x, x, x, x, x, x, x, x, x]\n"
-    + b"".join(b"%c: &%c [%s]\n" % (c, c, b", ".join([b"*%c" % (c - 1)] * 9)) for c in range(ord("b"), ord("j"))),
+    + b"".join(
+        b"%c: &%c [%s]\n" % (c, c, b", ".join([b"*%c" % (c - 1)] * 9)) for c in range(ord("b"), ord("j"))
+    ),
     "deep": b"data: " + b"[" * 3000,
     "null": b"data: \0\n",
     "self": b"name: ${name}\n",
@@ -92,7 +94,9 @@ WRONG_FILES = {
 @pytest.mark.parametrize("name", WRONG_FILES)
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, name: str) -> None:
     file = tmp_path / "c.yaml"
-    file.write_bytes(WRONG_FILES[name] + (b"" if name == "number" else b"fixed: {resolution: 16, epochs: 1}\n"))
+    file.write_bytes(
+        WRONG_FILES[name] + (b"" if name == "number" else b"fixed: {resolution: 16, epochs: 1}\n")
+    )
     done = irkd("train", file, "--print-config")
     assert "Traceback" not in done.said
     if not (name == "latin1" and done.code == 0):  # a comment may be anything
@@ -105,9 +109,14 @@ def test_windows_files_are_read(tmp_path: Path) -> None:
     assert shown(file)["seed"] == 3
 
 
-@pytest.mark.parametrize("path", ["a #2/x", "a: b", "a=b", "[x]", "{y}", "a,b", "ü é", "%d", "x:y", "#", "a # b", "'a'", "*", "&a", "!x"])
+@pytest.mark.parametrize(
+    "path",
+    ["a #2/x", "a: b", "a=b", "[x]", "{y}", "a,b", "ü é", "%d", "x:y", "#", "a # b", "'a'", "*", "&a", "!x"],
+)
 @pytest.mark.parametrize("key", ["out", "data.shards"])
-def test_a_path_as_override_is_taken_whole_or_refused(config: Path, tmp_path: Path, key: str, path: str) -> None:
+def test_a_path_as_override_is_taken_whole_or_refused(
+    config: Path, tmp_path: Path, key: str, path: str
+) -> None:
     wanted = f"{tmp_path}/{path}"
     done = irkd("train", config, f"{key}={wanted}", "--print-config").well_or_refused()
     if done.code == 0:
@@ -133,7 +142,9 @@ def test_tilde_is_the_home_folder(small: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_student_without_patches_is_not_told_of_patches(config: Path, small: Path) -> None:
-    write_config(config, small, student={"name": "resnet10t", "options": {"channels": [8, 8, 8, 8]}}, name="r")
+    write_config(
+        config, small, student={"name": "resnet10t", "options": {"channels": [8, 8, 8, 8]}}, name="r"
+    )
     irkd("train", config).well()
 
 
@@ -178,7 +189,11 @@ def test_ones_own_environment_is_read_but_not_written_down(
 def test_pretrained_without_a_network_is_said_soon(config: Path, small: Path) -> None:
     student = {"name": "vit_tiny_patch16_224", "patch": 8, "pretrained": True}
     write_config(config, small, student=student)
-    offline = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "HF_HOME": str(config.parent)}
+    offline = {
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+        "HF_HOME": str(config.parent),
+    }
     irkd_alone("train", config, limit=20, env=offline).refused("student.pretrained")
 
 
@@ -198,7 +213,15 @@ def test_any_path_and_any_place(small: Path, tmp_path: Path) -> None:
     elsewhere.mkdir()
     shards = home / "my shards"
     irkd_alone(
-        "render", "synthetic", "--samples", "train=40,test=16", "--resolutions", "8,16", "--out", shards, cwd=elsewhere
+        "render",
+        "synthetic",
+        "--samples",
+        "train=40,test=16",
+        "--resolutions",
+        "8,16",
+        "--out",
+        shards,
+        cwd=elsewhere,
     ).well()
     track = {"panels": 1, "log_every": 1, "backend": "tensorboard"}
     stages = {"stages": [{"resolution": 8}, {"resolution": 16}], "epochs": 1}

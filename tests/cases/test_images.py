@@ -96,7 +96,11 @@ def _modes(folder: Path) -> None:
 def test_every_mode_comes_out_as_a_viewer_shows_it_or_is_named(tmp_path: Path) -> None:
     _modes(tmp_path / "d")
     done = render(tmp_path / "d", tmp_path / "s", "--val-fraction", "0", "--max-bad", "10").well()
-    names = [n for n in sorted(p.name for p in (tmp_path / "d").iterdir()) if f"left out: {tmp_path / 'd' / n}" not in done.said]
+    names = [
+        n
+        for n in sorted(p.name for p in (tmp_path / "d").iterdir())
+        if f"left out: {tmp_path / 'd' / n}" not in done.said
+    ]
     shown = dict(zip(names, pixels(tmp_path / "s").values(), strict=True))
     for name in ("cmyk", "lab", "palette", "upper", "ycbcr"):
         assert shown[name][:6, :, 0].mean() > 150, name
@@ -126,7 +130,9 @@ def test_damaged_files_are_named_counted_and_limited(tmp_path: Path) -> None:
     noise(data / "a", 5)
     noise(data / "b", 5)
     stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(stream, "JPEG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(
+        stream, "JPEG"
+    )
     (data / "a" / "empty.jpg").touch()
     (data / "a" / "half.jpg").write_bytes(stream.getvalue()[: len(stream.getvalue()) // 2])
     (data / "b" / "page.png").write_text("<!doctype html>404")

@@ -75,7 +75,12 @@ def test_teachers_of_other_families_go_through_two_stages(wide: Path, tmp_path: 
     student: dict[str, Any] = {"name": "custom", "patch": 7 if patch == 14 else 4, "options": TINY}
     if family == "resnet":
         student = {"name": "resnet10t", "options": {"channels": [8, 8, 8, 8]}}
-    spec = {"name": name, "patch": patch, "options": options, "weights": saved(model, tmp_path / "t.safetensors")}
+    spec = {
+        "name": name,
+        "patch": patch,
+        "options": options,
+        "weights": saved(model, tmp_path / "t.safetensors"),
+    }
     file = write_config(
         tmp_path / "c.yaml", wide, fixed=None, student=student, teacher={"model": spec}, name="r",
         loss={"kd": {"alpha": 1.0}, "saliency": saliency}, track={"panels": 1, "log_every": 1},
@@ -88,7 +93,16 @@ def test_teachers_of_other_families_go_through_two_stages(wide: Path, tmp_path: 
 
 @pytest.mark.parametrize("more", [[], ["optim.accumulate=8"]])
 def test_batch_norm_and_a_remainder_of_one(tmp_path: Path, more: list[str]) -> None:
-    options = ("--samples", "train=17,test=8", "--val-fraction", "0", "--resolutions", "32", "--out", tmp_path / "s")
+    options = (
+        "--samples",
+        "train=17,test=8",
+        "--val-fraction",
+        "0",
+        "--resolutions",
+        "32",
+        "--out",
+        tmp_path / "s",
+    )
     irkd("render", "synthetic", *options).well()
     student = {"name": "resnet18", "options": {"channels": [8, 8, 8, 16]}}
     fixed = {"resolution": 32, "epochs": 1}
@@ -103,7 +117,9 @@ def test_batch_norm_and_a_remainder_of_one(tmp_path: Path, more: list[str]) -> N
 
 def _weights(folder: Path) -> dict[str, Path]:
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=len(CLASSES), patch_size=4, img_size=16, **TINY)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=len(CLASSES), patch_size=4, img_size=16, **TINY
+    )
     state = {k: v.clone() for k, v in model.state_dict().items()}
 
     def prefixed(prefix: str) -> dict[str, torch.Tensor]:
@@ -115,9 +131,16 @@ def _weights(folder: Path) -> dict[str, Path]:
     save_file(prefixed("module._orig_mod."), folder / "both.safetensors")
     torch.save(state, folder / "plain.pth")
     torch.save({"model": prefixed("module."), "epoch": 3}, folder / "deit.pth")
-    best = {"epoch": 3, "state_dict": prefixed("module."), "args": argparse.Namespace(lr=1.0), "optimizer": {}}
+    best = {
+        "epoch": 3,
+        "state_dict": prefixed("module."),
+        "args": argparse.Namespace(lr=1.0),
+        "optimizer": {},
+    }
     torch.save(best, folder / "model_best.pth.tar")
-    torch.save({"state_dict": {k: v * 0 for k, v in state.items()}, "state_dict_ema": state}, folder / "ema.pth")
+    torch.save(
+        {"state_dict": {k: v * 0 for k, v in state.items()}, "state_dict_ema": state}, folder / "ema.pth"
+    )
     return {f.name: f for f in sorted(folder.iterdir())}
 
 
@@ -171,8 +194,20 @@ def test_timms_own_name_of_a_model_on_disk(small: Path, tmp_path: Path, role: st
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=len(CLASSES), channels=[8, 8, 8, 8])
     saved(model, folder / "model.safetensors")
-    pretrained = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": len(CLASSES), "first_conv": "conv1.0", "classifier": "fc"}
-    told = {"architecture": "resnet10t", "num_classes": len(CLASSES), "model_args": {"channels": [8, 8, 8, 8]}, "pretrained_cfg": pretrained}
+    pretrained = {
+        "input_size": [3, 32, 32],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "num_classes": len(CLASSES),
+        "first_conv": "conv1.0",
+        "classifier": "fc",
+    }
+    told = {
+        "architecture": "resnet10t",
+        "num_classes": len(CLASSES),
+        "model_args": {"channels": [8, 8, 8, 8]},
+        "pretrained_cfg": pretrained,
+    }
     (folder / "config.json").write_text(json.dumps(told))
     timm.create_model(f"local-dir:{folder}", pretrained=True)  # timm reads it
     spec = {"name": f"local-dir:{folder}", "pretrained": True}

@@ -63,10 +63,14 @@ def test_tars_of_a_folder_and_of_a_mac(tmp_path: Path) -> None:
     tar(tmp_path / "plain" / "train-0.tar", plain)
     tar(tmp_path / "mac" / "train-0.tar", mac)
     for name in ("plain", "mac"):
-        render("wds", tmp_path / name, tmp_path / f"{name}-s", "--val-fraction", "0").well("2 classes", "10 train")
+        render("wds", tmp_path / name, tmp_path / f"{name}-s", "--val-fraction", "0").well(
+            "2 classes", "10 train"
+        )
 
 
-@pytest.mark.parametrize(("train", "val"), [("train/00000.tar", "val/00000.tar"), ("data/training/a-0.tar", "data/valid/a-0.tar")])
+@pytest.mark.parametrize(
+    ("train", "val"), [("train/00000.tar", "val/00000.tar"), ("data/training/a-0.tar", "data/valid/a-0.tar")]
+)
 def test_tars_in_folders_of_their_split(tmp_path: Path, train: str, val: str) -> None:
     for name, count in ((train, 9), (val, 3)):
         members: dict[str, bytes | None] = {}
@@ -135,5 +139,7 @@ def test_only_a_damaged_files_name_is_not_utf8(tmp_path: Path) -> None:
     os.rename(folder + b"/tea/0.png", folder + b"/tea/\xe9.png")
     with open(folder + b"/tea/bro\xf1.png", "wb"):
         pass
-    render("folder", tmp_path / "d", tmp_path / "s", "--max-bad", "1", "--val-fraction", "0").well("8 train", "bro")
+    render("folder", tmp_path / "d", tmp_path / "s", "--max-bad", "1", "--val-fraction", "0").well(
+        "8 train", "bro"
+    )
     render("folder", tmp_path / "d", tmp_path / "s2").refused("bro", "--max-bad 0")

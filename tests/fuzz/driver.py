@@ -10,6 +10,7 @@ that does not come back is killed. What ends an input as no input before is muta
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import hashlib
 import json
 import mmap
@@ -79,7 +80,9 @@ def seeds(name: str) -> list[bytes]:
     files = [run / real[name]] if name in real else []
     folder = targets.CORPUS / name
     if name == "image":
-        files += [f for other in ("png", "jpg", "webp", "npy") for f in sorted((targets.CORPUS / other).iterdir())]
+        files += [
+            f for other in ("png", "jpg", "webp", "npy") for f in sorted((targets.CORPUS / other).iterdir())
+        ]
     return [f.read_bytes() for f in (*files, *(sorted(folder.iterdir()) if folder.is_dir() else ()))]
 
 
@@ -136,6 +139,7 @@ def run(name: str, seconds: float, seed: int) -> Result:
         inputs, _, size = _HEAD.unpack(shared[: _HEAD.size])
         result.inputs += inputs
         if killed and size >= 0:
+            result.inputs += 1
             _note(result, Finding(name, killed, killed, bytes(shared[_HEAD.size : _HEAD.size + size])))
         turn += 1
     result.seconds = time.monotonic() - started
@@ -181,6 +185,7 @@ def _work(name: str, seconds: float, seed: str, shared: mmap.mmap, results: Conn
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    faulthandler.disable()
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -258,7 +263,9 @@ def table(results: list[Result]) -> str:
         rate = r.inputs / max(r.seconds, 1e-9)
         lines.append(f"{r.target:<12} {r.inputs:>9,} {r.refused:>9,} {rate:>7,.0f} {len(r.findings):>9}")
     total = sum(r.inputs for r in results)
-    lines.append(f"{'all':<12} {total:>9,} {sum(r.refused for r in results):>9,} {'':>7} {sum(len(r.findings) for r in results):>9}")
+    lines.append(
+        f"{'all':<12} {total:>9,} {sum(r.refused for r in results):>9,} {'':>7} {sum(len(r.findings) for r in results):>9}"
+    )
     return "\n".join(lines)
 
 
@@ -269,16 +276,22 @@ def save(result: Result, out: Path) -> None:
         folder = out / finding.target
         folder.mkdir(parents=True, exist_ok=True)
         (folder / digest).write_bytes(finding.data)
-        (folder / f"{digest}.txt").write_text(f"{finding.where}\n{finding.message}\n{finding.times} times\n", errors="replace")
+        (folder / f"{digest}.txt").write_text(
+            f"{finding.where}\n{finding.message}\n{finding.times} times\n", errors="replace"
+        )
 
 
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1.0, help="of all targets together")
-    parser.add_argument("--target", action="append", choices=list(targets.TARGETS), help="only this one; may be given again")
+    parser.add_argument(
+        "--target", action="append", choices=list(targets.TARGETS), help="only this one; may be given again"
+    )
     parser.add_argument("--out", type=Path, help="folder for the inputs of findings")
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the mutations (default: the time)")
+    parser.add_argument(
+        "--seed", type=int, default=int(time.time()), help="of the mutations (default: the time)"
+    )
     parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args()
     names = arguments.target or list(targets.TARGETS)
@@ -289,13 +302,20 @@ def main() -> int:
     for name in names:
         results.append(run(name, each, arguments.seed))
         for finding in results[-1].findings.values():
-            print(f"{name}: {finding.where} ({finding.times} times): {finding.message}\n  {finding.data[:200]!r}", flush=True)
+            print(
+                f"{name}: {finding.where} ({finding.times} times): {finding.message}\n  {finding.data[:200]!r}",
+                flush=True,
+            )
         if arguments.out:
             save(results[-1], arguments.out)
     print(table(results))
     if arguments.json:
         plain = [
-            {"target": r.target, "inputs": r.inputs, "findings": [{**asdict(f), "data": f.data.hex()} for f in r.findings.values()]}
+            {
+                "target": r.target,
+                "inputs": r.inputs,
+                "findings": [{**asdict(f), "data": f.data.hex()} for f in r.findings.values()],
+            }
             for r in results
         ]
         arguments.json.write_text(json.dumps(plain))

@@ -36,7 +36,20 @@ TEXTS = (
     '"\\ud800"', "${oc.env:HOME}", "${oc.decode:1}", "${a.b}", "${..x}", "${data}", "${oc.create:{}}", "!<x> 1", "!!float x", "!!int x",
     "!!bool x", "!!null x", "1e999", "9" * 5000, "~", "null", "yes", "a: &b {c: *b}", "\ufeff", "\x85", "\u2028", "\0", "=", "!!value =",
 )  # fmt: skip
-INTERESTING = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**63 - 1, 2**64 - 1)
+INTERESTING = (
+    0,
+    1,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0xFFFF,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+    2**63 - 1,
+    2**64 - 1,
+)
 
 
 def mutants(name: str, seed: bytes, rng: random.Random) -> bytes:
@@ -105,7 +118,9 @@ def of_tree(tree: Any, rng: random.Random) -> Any:
                 case 3:
                     del parent[key]
                 case 4 if isinstance(parent, dict):
-                    parent[rng.choice(("", "a", "A1", "é", "x" * 300, str(key) + "2", "[red]", "a.b"))] = parent[key]
+                    parent[rng.choice(("", "a", "A1", "é", "x" * 300, str(key) + "2", "[red]", "a.b"))] = (
+                        parent[key]
+                    )
                 case 4:
                     parent[key:key] = [parent[key]] * rng.choice((1, 2, 50))
                 case 5:
@@ -114,7 +129,9 @@ def of_tree(tree: Any, rng: random.Random) -> Any:
                     other, where = rng.choice(places[1:])
                     parent[key] = other[where]
                 case _ if isinstance(parent[key], int | float):
-                    parent[key] = rng.choice((-parent[key], parent[key] + 1, parent[key] * 10**6, float(parent[key])))
+                    parent[key] = rng.choice(
+                        (-parent[key], parent[key] + 1, parent[key] * 10**6, float(parent[key]))
+                    )
                 case _:
                     parent[key] = _value(rng)
         except (KeyError, IndexError, OverflowError):
@@ -147,7 +164,9 @@ def of_json(data: bytes, rng: random.Random) -> bytes:
         case 1:
             return data.replace(b"{", b'{"a": ' + b'{"a":' * 5000, 1)
         case 2:
-            return rng.choice((b"\xef\xbb\xbf" + data, data.decode().encode("utf-16"), data + data, b"", b"\0" + data))
+            return rng.choice(
+                (b"\xef\xbb\xbf" + data, data.decode().encode("utf-16"), data + data, b"", b"\0" + data)
+            )
         case 3:
             return b'{"x": ' + b"9" * 5000 + b"," + data.lstrip()[1:]
     return _dumped(of_tree(json.loads(data), rng))
@@ -205,7 +224,21 @@ def of_overrides(data: bytes, rng: random.Random) -> bytes:
         case 2:
             value = str(rng.choice(VALUES))
         case 3:
-            key = rng.choice((*KEYS, f"{key}.a", f"{key}[0]", f"{key}[-1]", f"{key}[9]", f"{key}[a]", key.upper(), "", "-", "a..b", "a."))
+            key = rng.choice(
+                (
+                    *KEYS,
+                    f"{key}.a",
+                    f"{key}[0]",
+                    f"{key}[-1]",
+                    f"{key}[9]",
+                    f"{key}[a]",
+                    key.upper(),
+                    "",
+                    "-",
+                    "a..b",
+                    "a.",
+                )
+            )
         case 4:
             key, value = rng.choice(KEYS), rng.choice((value, str(rng.choice(VALUES)), rng.choice(TEXTS)))
         case _:
@@ -247,7 +280,9 @@ def of_png(data: bytes, rng: random.Random) -> bytes:
             rng.shuffle(chunks)
         case 4 if kind == b"IDAT":
             pixels = zlib.decompress(body)
-            pixels = rng.choice((pixels[: rng.randrange(len(pixels))], pixels * 2, of_bytes(pixels, rng), b""))
+            pixels = rng.choice(
+                (pixels[: rng.randrange(len(pixels))], pixels * 2, of_bytes(pixels, rng), b"")
+            )
             chunks[i] = (kind, zlib.compress(pixels))
         case 5:
             width, height = (rng.choice((0, 1, 7, 8, 9, 1000, 2**31 - 1, 2**32 - 1)) for _ in range(2))
@@ -255,8 +290,24 @@ def of_png(data: bytes, rng: random.Random) -> bytes:
             head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, rng.choice((0, 0, 1, 2)))
             chunks = [(k, head if k == b"IHDR" else b) for k, b in chunks]
         case _:
-            new = rng.choice((b"PLTE", b"tRNS", b"zTXt", b"iCCP", b"gAMA", b"eXIf", b"acTL", b"fcTL", b"sBIT", b"cHRM", b"XXXX"))
-            chunks.insert(rng.randrange(len(chunks) + 1), (new, rng.randbytes(rng.choice((0, 1, 3, 4, 26, 768, 1000)))))
+            new = rng.choice(
+                (
+                    b"PLTE",
+                    b"tRNS",
+                    b"zTXt",
+                    b"iCCP",
+                    b"gAMA",
+                    b"eXIf",
+                    b"acTL",
+                    b"fcTL",
+                    b"sBIT",
+                    b"cHRM",
+                    b"XXXX",
+                )
+            )
+            chunks.insert(
+                rng.randrange(len(chunks) + 1), (new, rng.randbytes(rng.choice((0, 1, 3, 4, 26, 768, 1000))))
+            )
     parts = (struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks)
     return data[:8] + b"".join(parts)
 
@@ -268,9 +319,27 @@ def of_npy(data: bytes, rng: random.Random) -> bytes:
     pixels = data[10 + size :]
     match rng.randrange(5):
         case 0:
-            header["descr"] = rng.choice(("<f4", "|b1", "<u2", "|O", "|S1", "|i1", [("a", "|u1")], "u1", "", 1, None))
+            header["descr"] = rng.choice(
+                ("<f4", "|b1", "<u2", "|O", "|S1", "|i1", [("a", "|u1")], "u1", "", 1, None)
+            )
         case 1:
-            shape = rng.choice(((8, 8), (8, 8, 1), (8, 8, 4), (0, 0, 3), (-8, -8, 3), (8.0, 8, 3), ("8", 8, 3), (True, 64, 3), (2**40, 2**40, 3), (64, 1, 3), 5, None, [8, 8, 3]))
+            shape = rng.choice(
+                (
+                    (8, 8),
+                    (8, 8, 1),
+                    (8, 8, 4),
+                    (0, 0, 3),
+                    (-8, -8, 3),
+                    (8.0, 8, 3),
+                    ("8", 8, 3),
+                    (True, 64, 3),
+                    (2**40, 2**40, 3),
+                    (64, 1, 3),
+                    5,
+                    None,
+                    [8, 8, 3],
+                )
+            )
             header["shape"] = shape
         case 2:
             header["fortran_order"] = rng.choice((True, 1, "", None))
@@ -278,8 +347,15 @@ def of_npy(data: bytes, rng: random.Random) -> bytes:
             pixels = pixels[: rng.randrange(len(pixels))]
         case _:
             header = of_tree(header, rng)
-    text = rng.choice((repr(header), repr(header) + " " * 100, "(" * 300 + repr(header), "-" * 4000 + "1")).encode("latin1", "replace")
-    return rng.choice((b"\x93NUMPY\1\0", b"\x93NUMPY\1\0", b"\x93NUMPY\2\0")) + struct.pack("<H", len(text)) + text + pixels
+    text = rng.choice(
+        (repr(header), repr(header) + " " * 100, "(" * 300 + repr(header), "-" * 4000 + "1")
+    ).encode("latin1", "replace")
+    return (
+        rng.choice((b"\x93NUMPY\1\0", b"\x93NUMPY\1\0", b"\x93NUMPY\2\0"))
+        + struct.pack("<H", len(text))
+        + text
+        + pixels
+    )
 
 
 # ---- containers
@@ -294,12 +370,52 @@ def of_tar(data: bytes, rng: random.Random) -> bytes:
     style = rng.choice((tarfile.USTAR_FORMAT, tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT))
     match rng.randrange(10):
         case 0:
-            member.name = rng.choice(("", "/", "..", "a/../b.png", ".cls", "a.", "a.b.c", "x" * 200 + ".png", "é.png", "\udcff.cls", "._0.png", "0.json", "0.txt", "0.PNG", "0.cls.cls", "a\nb.cls", "./" + member.name))
+            member.name = rng.choice(
+                (
+                    "",
+                    "/",
+                    "..",
+                    "a/../b.png",
+                    ".cls",
+                    "a.",
+                    "a.b.c",
+                    "x" * 200 + ".png",
+                    "é.png",
+                    "\udcff.cls",
+                    "._0.png",
+                    "0.json",
+                    "0.txt",
+                    "0.PNG",
+                    "0.cls.cls",
+                    "a\nb.cls",
+                    "./" + member.name,
+                )
+            )
         case 1:
-            member.type = rng.choice((b"1", b"2", b"3", b"5", b"6", b"7", b"L", b"K", b"S", b"x", b"g", b"X", b"D", b"Z"))
+            member.type = rng.choice(
+                (b"1", b"2", b"3", b"5", b"6", b"7", b"L", b"K", b"S", b"x", b"g", b"X", b"D", b"Z")
+            )
             member.linkname = rng.choice(("", "a", "/etc/hostname", members[0][0].name))
         case 2:
-            body = str(rng.choice(VALUES)).encode(errors="replace") if rng.random() < 0.5 else rng.choice((b"", b" 3\n", b"-1", b"1.0", b"999999999999", "１".encode(), b"0x1", b"1_0", b"\xff", b"3\0", b"9" * 5000))
+            body = (
+                str(rng.choice(VALUES)).encode(errors="replace")
+                if rng.random() < 0.5
+                else rng.choice(
+                    (
+                        b"",
+                        b" 3\n",
+                        b"-1",
+                        b"1.0",
+                        b"999999999999",
+                        "１".encode(),
+                        b"0x1",
+                        b"1_0",
+                        b"\xff",
+                        b"3\0",
+                        b"9" * 5000,
+                    )
+                )
+            )
             member.size = len(body)
         case 3:
             members.insert(rng.randrange(len(members)), (member, body))
@@ -312,7 +428,20 @@ def of_tar(data: bytes, rng: random.Random) -> bytes:
             member.size = len(body)
         case 7:
             style = tarfile.PAX_FORMAT
-            member.pax_headers = {rng.choice(("path", "size", "GNU.sparse.map", "GNU.sparse.major", "x", "hdrcharset", "mtime", "GNU.sparse.size")): str(rng.choice((0, -1, 1, 10**12, "a", "", "1,2", 2**63)))}
+            member.pax_headers = {
+                rng.choice(
+                    (
+                        "path",
+                        "size",
+                        "GNU.sparse.map",
+                        "GNU.sparse.major",
+                        "x",
+                        "hdrcharset",
+                        "mtime",
+                        "GNU.sparse.size",
+                    )
+                ): str(rng.choice((0, -1, 1, 10**12, "a", "", "1,2", 2**63)))
+            }
         case _:
             return _header(_tar(members, style), rng)
     if members and i < len(members) and members[i][0] is member:
@@ -333,12 +462,57 @@ def _header(data: bytes, rng: random.Random) -> bytes:
     out = bytearray(data)
     at = rng.choice([i for i in range(0, len(out), 512) if out[i + 257 : i + 262] == b"ustar"])
     if rng.random() < 0.25:
-        record = rng.choice((b"0 path=x\n", b"-5 path=x\n", b"9999 path=x\n", b"9 size=5\n", b"x path=x\n", b"", b"10 size=-1\n", b"12 path=\xff\xffa\n", b"22 size=99999999999999\n", b"10 size=\n\n", b"5 a=\n", "１0 path=x\n".encode()))
+        record = rng.choice(
+            (
+                b"0 path=x\n",
+                b"-5 path=x\n",
+                b"9999 path=x\n",
+                b"9 size=5\n",
+                b"x path=x\n",
+                b"",
+                b"10 size=-1\n",
+                b"12 path=\xff\xffa\n",
+                b"22 size=99999999999999\n",
+                b"10 size=\n\n",
+                b"5 a=\n",
+                "１0 path=x\n".encode(),
+            )
+        )
         member = tarfile.TarInfo("x")
         member.type, member.size = rng.choice((b"x", b"x", b"g", b"L", b"K")), len(record)
-        return bytes(out[:at]) + member.tobuf(tarfile.USTAR_FORMAT) + record + bytes(-len(record) % 512) + bytes(out[at:])
-    start, end = rng.choice(((0, 100), (100, 108), (124, 136), (124, 136), (156, 157), (257, 265), (345, 500), (482, 483), (386, 482)))
-    new = rng.choice((b"\xff" * (end - start), b"\x80" + b"\0" * 3 + b"\xff" * 20, b"-1", b"77777777777", b"00000000000", b"9", b"", rng.randbytes(end - start), b"\x80" + bytes(10) + b"\x05"))
+        return (
+            bytes(out[:at])
+            + member.tobuf(tarfile.USTAR_FORMAT)
+            + record
+            + bytes(-len(record) % 512)
+            + bytes(out[at:])
+        )
+    start, end = rng.choice(
+        (
+            (0, 100),
+            (100, 108),
+            (124, 136),
+            (124, 136),
+            (156, 157),
+            (257, 265),
+            (345, 500),
+            (482, 483),
+            (386, 482),
+        )
+    )
+    new = rng.choice(
+        (
+            b"\xff" * (end - start),
+            b"\x80" + b"\0" * 3 + b"\xff" * 20,
+            b"-1",
+            b"77777777777",
+            b"00000000000",
+            b"9",
+            b"",
+            rng.randbytes(end - start),
+            b"\x80" + bytes(10) + b"\x05",
+        )
+    )
     out[at + start : at + end] = new[: end - start].ljust(end - start, b"\0")
     out[at + 148 : at + 156] = b" " * 8
     out[at + 148 : at + 156] = b"%06o\0 " % sum(out[at : at + 512])
@@ -358,7 +532,9 @@ def of_safetensors(data: bytes, rng: random.Random) -> bytes:
             tree = json.loads(header)
             entry = tree[rng.choice(list(tree))]
             entry["dtype"] = rng.choice(("F16", "BF16", "I64", "BOOL", "U8", "F64", "F8_E4M3", "X", ""))
-            entry["shape"] = rng.choice((entry["shape"][::-1], [], [0], [1, *entry["shape"]], [-1], [2**60], [4, 4]))
+            entry["shape"] = rng.choice(
+                (entry["shape"][::-1], [], [0], [1, *entry["shape"]], [-1], [2**60], [4, 4])
+            )
             header = json.dumps(tree).encode()
         case _:
             header = of_json(header, rng)
@@ -369,7 +545,10 @@ def of_safetensors(data: bytes, rng: random.Random) -> bytes:
 def of_idx(data: bytes, rng: random.Random) -> bytes:
     """Type, number of dimensions, and dimensions changed; the data of any length."""
     count = data[3]
-    shape = [rng.choice((0, 1, 2, 4, 5, 8, 2**16, 2**31, 2**32 - 1)) for _ in range(rng.choice((count, count, 0, 1, 2, 3, 4, 5)))]
+    shape = [
+        rng.choice((0, 1, 2, 4, 5, 8, 2**16, 2**31, 2**32 - 1))
+        for _ in range(rng.choice((count, count, 0, 1, 2, 3, 4, 5)))
+    ]
     kind = rng.choice((8, 8, 8, 9, 0xB, 0xC, 0xD, 0xE, 0, 255))
     body = data[4 + 4 * count :]
     total = int(np.prod([float(s) for s in shape])) if shape else 1
@@ -421,16 +600,31 @@ def of_parquet(data: bytes, rng: random.Random) -> bytes:
             info = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
             table = table.replace_schema_metadata({"huggingface": _dumped(of_tree(info, rng))})
         case 3:
-            table = rng.choice((table.slice(0, 0), table.rename_columns(["a", "b"]), table.rename_columns(["label", "label"]), table.drop_columns(["label"]), pa.concat_tables([table] * 3)))
+            table = rng.choice(
+                (
+                    table.slice(0, 0),
+                    table.rename_columns(["a", "b"]),
+                    table.rename_columns(["label", "label"]),
+                    table.drop_columns(["label"]),
+                    pa.concat_tables([table] * 3),
+                )
+            )
         case 4:
-            table = table.append_column(rng.choice(("label2", "", "image", "é", "__index__")), pa.array([0] * n))
+            table = table.append_column(
+                rng.choice(("label2", "", "image", "é", "__index__")), pa.array([0] * n)
+            )
         case _:
             # the footer is thrift, where small changes go far
             size = int.from_bytes(data[-8:-4], "little")
             footer = of_bytes(data[-8 - size : -8], rng)
             return data[: -8 - size] + footer + len(footer).to_bytes(4, "little") + b"PAR1"
     out = io.BytesIO()
-    pq.write_table(table, out, row_group_size=rng.choice((1, 2, 1000)), compression=rng.choice(("snappy", "zstd", "none")))
+    pq.write_table(
+        table,
+        out,
+        row_group_size=rng.choice((1, 2, 1000)),
+        compression=rng.choice(("snappy", "zstd", "none")),
+    )
     return out.getvalue()
 
 
@@ -443,7 +637,16 @@ def of_npz(data: bytes, rng: random.Random) -> bytes:
         case 0:
             del arrays[key]
         case 1:
-            arrays[key] = rng.choice((np.zeros(0), np.zeros((1, 2)), np.array("a"), np.full(arrays[key].shape, np.nan), np.array(["a", "b"]), np.zeros((2, 2, 2, 2, 2))))
+            arrays[key] = rng.choice(
+                (
+                    np.zeros(0),
+                    np.zeros((1, 2)),
+                    np.array("a"),
+                    np.full(arrays[key].shape, np.nan),
+                    np.array(["a", "b"]),
+                    np.zeros((2, 2, 2, 2, 2)),
+                )
+            )
         case 2:
             arrays[rng.choice(("a", "student_x", "../x"))] = arrays[key]
         case _:

@@ -237,7 +237,9 @@ def _files(name: str, files: dict[str, bytes]) -> Path:
 
 @cache
 def _seed(target: str) -> bytes:
-    return sorted((CORPUS / target).iterdir())[0].read_bytes()
+    """A whole input of another target."""
+    whole = [f for f in (CORPUS / target).iterdir() if not f.name.startswith("found-")]
+    return min(whole).read_bytes()
 
 
 # ---- run folders
