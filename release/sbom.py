@@ -66,7 +66,7 @@ def _needs(found: Distribution, refs: dict[str, str]) -> list[str]:
 
 
 def _hashes(lock: str) -> dict[tuple[str, str], list[str]]:
-    """By (name, version), of a requirements file as `make lock` writes it: a line each, hashes on lines of their own."""
+    """By (name, version), of a file as `make lock` writes it: a line each, hashes on lines of their own."""
     found: dict[tuple[str, str], list[str]] = {}
     for line in lock.splitlines():
         if pinned := re.match(r"([\w.-]+)==([^\s;]+)", line):

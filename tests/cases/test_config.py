@@ -41,8 +41,10 @@ def test_numbers_and_nothing_as_people_write_them(tmp_path: Path) -> None:
 
 
 WRONG = [
-    "optim.lr=nan", "optim.lr=.inf", "optim.lr=1e999", "optim.lr=1e-4x", 'optim.lr="1e-4"', "optim.lr=", "augment.flip=2", "optim={lr:1",
-    "optim={lr:1}", "student.options={depth:3}", "student.options={1: 2}", "1=2", "=3", "data.batch=64.5", "data=5", "data=", "curriculum.stages=[8,16]",
+    "optim.lr=nan", "optim.lr=.inf", "optim.lr=1e999", "optim.lr=1e-4x", 'optim.lr="1e-4"', "optim.lr=",
+    "augment.flip=2", "optim={lr:1",
+    "optim={lr:1}", "student.options={depth:3}", "student.options={1: 2}", "1=2", "=3", "data.batch=64.5",
+    "data=5", "data=", "curriculum.stages=[8,16]",
     "optim.lr=${oc.env:NOT_THERE}", "name=..", "name=7", "seed=1_000x", "seed=true", "data.batch=1e400",
     "Seed=1", "optim.lr2=1", "optim.LR=1", "student.Depth=1", "data.batch=!!binary aGVsbG8=",
     "curriculum.stages[3].epochs=1", "student.options=!!python/name:os.system",
@@ -58,8 +60,11 @@ def test_a_wrong_override_is_refused_and_named(config: Path, override: str) -> N
     assert not (config.parent / "runs").exists()
 
 
-INFINITE = ["optim.lr", "optim.eps", "optim.weight_decay", "optim.clip", "augment.mixup", "augment.cutmix", "loss.kd.alpha",
-    "loss.kd.temperature", "loss.saliency.gamma", "rank_timeout_s", "checkpoint.every_minutes", "fixed.minutes", "fixed.tokens"]  # fmt: skip
+INFINITE = [
+    "optim.lr", "optim.eps", "optim.weight_decay", "optim.clip", "augment.mixup", "augment.cutmix", "loss.kd.alpha",
+    "loss.kd.temperature", "loss.saliency.gamma", "rank_timeout_s", "checkpoint.every_minutes", "fixed.minutes",
+    "fixed.tokens",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", INFINITE)
@@ -240,7 +245,7 @@ def a_user_without_a_name(*arguments: object, cwd: Path, **env: str | None) -> D
     site = cwd / "site"
     site.mkdir(exist_ok=True)
     (site / "sitecustomize.py").write_text(
-        "import pwd\ndef nobody(key):\n    raise KeyError(f'uid not found: {key}')\npwd.getpwuid = pwd.getpwnam = nobody\n"
+        "import pwd\ndef nobody(key):\n    raise KeyError(key)\npwd.getpwuid = pwd.getpwnam = nobody\n"
     )
     repository = str(Path(__file__).resolve().parents[2])
     environment = {

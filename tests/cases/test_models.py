@@ -54,14 +54,16 @@ FAMILIES: dict[str, tuple[str, int | None, dict[str, Any], tuple[int, int], dict
     ),
     "swin": (
         "swin_tiny_patch4_window7_224", None,
-        {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "img_size": 32, "strict_img_size": False},
+        {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "img_size": 32,
+        "strict_img_size": False},
         (16, 32), {"gamma": 0.0},
     ),
     "convnext": (
         "convnext_atto", None, {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]}, (32, 64),
         {"gamma": 0.5, "taps": [["first", "stages.1"]]},
     ),
-    "resnet": ("resnet10t", None, {"channels": [8, 8, 16, 16]}, (32, 64), {"gamma": 0.5, "taps": [["layer2", "layer2"]]}),
+    "resnet": ("resnet10t", None, {"channels": [8, 8, 16, 16]}, (32, 64), {"gamma": 0.5, "taps": [["layer2",
+    "layer2"]]}),
     "mobilenet": ("mobilenetv3_small_050", None, {}, (32, 64), {"gamma": 0.5, "taps": [["first", "blocks.1"]]}),
 }  # fmt: skip
 

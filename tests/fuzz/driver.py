@@ -1,7 +1,7 @@
 """Runs targets on mutants, each in a process of its own, for so many seconds; prints inputs and findings by target.
 
-python -m tests.fuzz.driver --minutes 60 [--target NAME]... [--out FOLDER]: findings are written to FOLDER, smallest first
-found of each place in the code. Exit code 1 if there is one.
+python -m tests.fuzz.driver --minutes 60 [--target NAME]... [--out FOLDER]: the smallest input of
+each place in the code that was found is written to FOLDER. Exit code 1 if there is one.
 
 A process says what it is about to read before it reads it, so that a crash in native code leaves its input behind; one
 that does not come back is killed. What ends an input as no input before is mutated further.
@@ -32,7 +32,7 @@ from pathlib import Path
 from types import FrameType
 
 from irkd_dist.errors import UserError
-from tests.fuzz import mutate, targets
+from tests.fuzz import formats, targets
 
 LIMIT = 2.0  # seconds an input may take
 KILL = 8.0  # seconds after which native code is taken for hung
@@ -197,7 +197,7 @@ def _work(name: str, seconds: float, seed: str, shared: mmap.mmap, results: Conn
     first = list(pool)
     found: dict[str, int] = {}
     while time.monotonic() < end:
-        data = first.pop(0) if first else mutate.mutants(name, rng.choice(pool), rng)
+        data = first.pop(0) if first else formats.mutants(name, rng.choice(pool), rng)
         shared[_HEAD.size : _HEAD.size + len(data)] = data
         shared[: _HEAD.size] = _HEAD.pack(number, time.monotonic(), len(data))
         number += 1
@@ -262,10 +262,9 @@ def table(results: list[Result]) -> str:
     for r in results:
         rate = r.inputs / max(r.seconds, 1e-9)
         lines.append(f"{r.target:<12} {r.inputs:>9,} {r.refused:>9,} {rate:>7,.0f} {len(r.findings):>9}")
-    total = sum(r.inputs for r in results)
-    lines.append(
-        f"{'all':<12} {total:>9,} {sum(r.refused for r in results):>9,} {'':>7} {sum(len(r.findings) for r in results):>9}"
-    )
+    total, refused = sum(r.inputs for r in results), sum(r.refused for r in results)
+    found = sum(len(r.findings) for r in results)
+    lines.append(f"{'all':<12} {total:>9,} {refused:>9,} {'':>7} {found:>9}")
     return "\n".join(lines)
 
 

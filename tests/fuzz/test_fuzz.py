@@ -19,7 +19,7 @@ SECONDS = 3.0
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What one run of the driver over all targets brought. The seed is the same each time: CI asks nothing of chance."""
+    """What one run of the driver over all targets brought; the seed is the same each time."""
     out = tmp_path_factory.mktemp("fuzz") / "results.json"
     minutes = str(SECONDS * len(TARGETS) / 60)
     command = [
