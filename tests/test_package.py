@@ -163,6 +163,6 @@ def test_the_installed_wheel_renders_and_trains_from_another_folder(
         "loss.kd.alpha=0",
         "loss.saliency.gamma=0",
     )
-    said = run("train", "configs/cifar10/cpu/irkd.yaml", "name=r", *own, stages, "fixed=null")
+    said = run("train", "configs/cifar10/cpu/irkd.yaml", "name=r", "out=runs", *own, stages, "fixed=null")
     assert "test accuracy at 16 px" in said
     assert run("report", "runs/r").strip() == "runs/r/report.html"
