@@ -1,8 +1,8 @@
 """Checkpoints that belong to no engine: weights and moments by name in safetensors, the rest in JSON.
 
-A checkpoint is written to a temporary folder, synced, and renamed; state.json holds the checksums of the other two
-files. So a folder that has the final name and whose checksums agree is whole, and nothing else is. `Writer` does this
-in a thread while training goes on.
+A checkpoint is written to a temporary folder, synced, and renamed; state.json holds the checksums of all three files.
+So a folder that has the final name and whose checksums agree is whole, and nothing else is. `Writer` does this in a
+thread while training goes on.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from irkd_dist import faults
+from irkd_dist import faults, runfolder
 from irkd_dist.errors import Passing, UserError, unreadable
+from irkd_dist.runfolder import OPTIMIZER, STATE, STUDENT
 
 FORMAT_VERSION = 1
-STUDENT, OPTIMIZER, STATE = "student.safetensors", "optimizer.safetensors", "state.json"
+_OWN = (
+    f'"{STATE}": "%s"'  # the line of state.json that holds its own checksum: of the text with that line empty
+)
 
 
 def save(
@@ -40,22 +44,24 @@ def save(
     Raises:
         UserError: the disk is full or not writable; the folder's earlier content is untouched.
     """
-    temporary = folder.with_name(f".writing-{folder.name}")
+    temporary = folder.with_name(runfolder.WRITING + folder.name)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in student.items()}, temporary / STUDENT)
+        _save_tensors(student, temporary / STUDENT)
         faults.inject("write", state.get("step", -1))
-        save_file(optimizer, temporary / OPTIMIZER)
+        _save_tensors(optimizer, temporary / OPTIMIZER)
         digests = {name: _sync_and_digest(temporary / name) for name in (STUDENT, OPTIMIZER)}
+        digests[STATE] = ""
         text = json.dumps({"version": FORMAT_VERSION, "sha256": digests, **state}, indent=1)
-        (temporary / STATE).write_text(text)
+        own = hashlib.sha256(text.encode()).hexdigest()
+        (temporary / STATE).write_text(text.replace(_OWN % "", _OWN % own, 1))
         _sync_and_digest(temporary / STATE)
-        _sync_folder(temporary)
+        runfolder.sync_folder(temporary)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-        _sync_folder(folder.parent)
+        runfolder.sync_folder(folder.parent)
     except (OSError, SafetensorError) as error:
         faults.heal()
         shutil.rmtree(temporary, ignore_errors=True)
@@ -72,15 +78,6 @@ class Content:
     student: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
-
-
-def unsound(content: Content) -> str | None:
-    """What is not finite in a checkpoint's weights or moments; None where all is."""
-    for kind, tensors in (("weight", content.student), ("moment", content.optimizer)):
-        for name, value in tensors.items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                return f"{kind} {name} is not finite"
-    return None
 
 
 @dataclass
@@ -173,64 +170,195 @@ def load_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint folder.
 
     Raises:
-        UserError: it is missing, not JSON, or of another version.
+        UserError: it is missing, not JSON, altered, or of another version.
     """
+    file = folder / STATE
     try:
-        state = json.loads((folder / STATE).read_text())
-    except FileNotFoundError:
+        data = runfolder.read_bytes(file)
+        state = runfolder.parse(data)
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is no checkpoint: it has no {STATE}") from None
     except OSError as error:
-        raise unreadable(folder / STATE, error) from error
+        raise unreadable(file, error) from error
     except ValueError as error:
-        raise UserError(f"{folder / STATE} cannot be read: {error}") from error
+        raise UserError(f"{file} is damaged: {error}") from error
     if not isinstance(state, dict):
-        raise UserError(f"{folder / STATE} is altered: it holds no mapping")
+        raise UserError(f"{file} is altered: it holds no mapping")
     if state.get("version") != FORMAT_VERSION:
         raise UserError(
             f"{folder} is of checkpoint version {state.get('version')}; this release reads {FORMAT_VERSION}"
         )
+    if problem := _altered(state, data):
+        raise UserError(f"{file} is altered: {problem}")
     return state
 
 
-def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Read (student weights, moments, state) after comparing the checksums.
+def _altered(state: dict[str, Any], data: bytes) -> str | None:
+    """What is wrong with the content of a state.json; one of an earlier release has no checksum of its own."""
+    digests = state.get("sha256", {})
+    if not isinstance(digests, dict) or not {STATE, STUDENT, OPTIMIZER} >= digests.keys():
+        return "its checksums are not those of a checkpoint's files"
+    if (own := digests.get(STATE)) is not None:
+        whole = data.replace((_OWN % own).encode(), (_OWN % "").encode(), 1)
+        if own != hashlib.sha256(whole).hexdigest():
+            return "its checksum differs"
+    return runfolder.wrong_type(state, _TYPES) or runfolder.wrong_type(
+        state.get("curriculum", {}), _CURRICULUM_TYPES
+    )
+
+
+_counts, _numbers = runfolder.list_of(runfolder.is_count), runfolder.list_of(runfolder.is_number)
+
+
+def _is_best(value: object) -> bool:
+    return isinstance(value, str) and runfolder.is_best_name(value)
+
+
+def _is_normalisation(value: object) -> bool:
+    return _numbers(value) and len(value) == 3  # type: ignore[arg-type]
+
+
+_TYPES = {
+    **dict.fromkeys(("epoch_step", "epoch", "step", "stage_step"), runfolder.is_count),
+    **dict.fromkeys(("skipped", "left_out"), _counts),
+    **dict.fromkeys(("curriculum", "model", "config"), runfolder.is_mapping),
+    **dict.fromkeys(("mean", "std"), _is_normalisation),
+    **dict.fromkeys(("classes", "taps"), runfolder.list_of(runfolder.is_text)),
+    **dict.fromkeys(("data_digest", "package_version", "method"), runfolder.is_text),
+    "teacher_digest": runfolder.optional(runfolder.is_text),
+    "stage_bests": runfolder.list_of(_is_best),
+    "sums": runfolder.list_of(runfolder.is_real),
+    "seconds": runfolder.is_number,
+    "finished": lambda value: isinstance(value, bool),
+}
+_CURRICULUM_TYPES = {
+    **dict.fromkeys(("stage", "epoch", "best_epoch"), runfolder.is_count),
+    **dict.fromkeys(("seconds", "tokens", "best_accuracy"), runfolder.is_number),
+    "best_checkpoint": runfolder.optional(_is_best),
+}
+
+
+def read(folder: Path, moments: bool = True) -> Content:
+    """Read a checkpoint, each file once: its checksum is taken of what was read. Without `moments` there are none.
 
     Raises:
         UserError: a file is missing, truncated or altered; the message names it.
     """
     state = load_state(folder)
-    return _read(folder / STUDENT, state), _read(folder / OPTIMIZER, state), state
+    optimizer = _read(folder / OPTIMIZER, state) if moments else {}
+    return Content(_read(folder / STUDENT, state), optimizer, state)
+
+
+def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """`read`, as (student weights, moments, state)."""
+    content = read(folder)
+    return content.student, content.optimizer, content.state
 
 
 def load_student(folder: Path) -> dict[str, Tensor]:
     """Read the student's weights alone."""
-    return _read(folder / STUDENT, load_state(folder))
+    return read(folder, moments=False).student
 
 
 def name(step: int) -> str:
     """Folder name of the checkpoint at a global step."""
-    return f"step-{step:08d}"
+    return runfolder.step_name(step)
 
 
-def newest(folder: Path, up_to: int | None = None) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint in a folder of them (`up_to` a step), and why each newer one was skipped.
+def unsound(content: Content) -> str | None:
+    """The first tensor of a snapshot that is not finite, as `weight NAME is not finite`; None if all are.
+
+    A buffer, which has no moments, may hold infinities (masks do), but no NaN.
+    """
+    trained = {key.partition(".")[2] for key in content.optimizer}
+    for kind, tensors in (("weight", content.student), ("moment", content.optimizer)):
+        for key, value in tensors.items():
+            if not value.is_floating_point() or not value.numel():
+                continue
+            low, high = torch.aminmax(value)
+            buffer = kind == "weight" and bool(trained) and key not in trained
+            if low.isnan() or (not buffer and not (low.isfinite() and high.isfinite())):
+                return f"{kind} {key} is not finite"
+    return None
+
+
+def read_newest(folder: Path, up_to: int | None = None) -> tuple[Path | None, Content | None, list[str]]:
+    """The newest sound checkpoint in a folder of them (`up_to` a step), its content, and why newer ones were skipped.
+
+    Each file is read once. Sound: whole, of right types, and without a NaN or infinity in weights and moments.
 
     Raises:
         Passing: the file system does not answer.
     """
     skipped = []
-    candidates = sorted(folder.glob("step-*"), reverse=True)
-    for candidate in candidates if up_to is None else [c for c in candidates if c.name <= name(up_to)]:
+    for candidate in runfolder.steps(folder):
+        if up_to is not None and runfolder.step_of(candidate) > up_to:
+            continue
         try:
-            state = load_state(candidate)
-            for file in (STUDENT, OPTIMIZER):
-                _check(candidate / file, state)
-            return candidate, skipped
+            content = read(candidate)
         except Passing:
             raise  # it may be whole: going on from an older one would throw work away
         except UserError as error:
             skipped.append(str(error))
-    return None, skipped
+            continue
+        if (problem := unsound(content)) is None:
+            return candidate, content, skipped
+        skipped.append(f"{candidate}: {problem}")
+    return None, None, skipped
+
+
+def newest(folder: Path, up_to: int | None = None) -> tuple[Path | None, list[str]]:
+    """`read_newest` without the content."""
+    found, _, skipped = read_newest(folder, up_to)
+    return found, skipped
+
+
+def find(path: Path, which: str = "best") -> tuple[Path, list[str]]:
+    """The checkpoint that `path` means: itself, or of a run folder the last stage's best one, or the last.
+
+    Also what was skipped on the way to it, and why.
+
+    Raises:
+        UserError: neither a run nor a checkpoint, or a run without a complete checkpoint, or its best is gone.
+    """
+    if (path / STATE).is_file():
+        return path, []
+    folder = path / runfolder.CHECKPOINTS
+    if not folder.is_dir():
+        kinds = f"a run folder (with {runfolder.CHECKPOINTS}/) nor a checkpoint ({STATE})"
+        raise UserError(f"{path} is neither {kinds}")
+    found, content, skipped = read_newest(folder)
+    if found is None or content is None:
+        raise UserError(f"{path} has no complete checkpoint" + "".join(f"; {s}" for s in skipped))
+    best = content.state.get("curriculum", {}).get("best_checkpoint")
+    if which != "best" or best is None:
+        return found, skipped
+    if not (path / best / STATE).is_file():
+        raise UserError(
+            f"{path}: {best}, the best checkpoint of its last stage, is gone; the newest is {found.name}: name that, "
+            "or take the last one (--which last)"
+        )
+    return path / best, skipped
+
+
+def missing_bests(run: Path, state: dict[str, Any]) -> list[str]:
+    """The best checkpoints that a state counts on and that its run folder lacks, each as `name: why`.
+
+    That of the present stage is read as a whole, since the run will need it; of those of ended stages, state.json.
+    """
+    present = state.get("curriculum", {}).get("best_checkpoint")
+    found = []
+    named: list[str] = [*state.get("stage_bests", []), *([present] if present else [])]
+    for best in dict.fromkeys(named):
+        try:
+            problem = unsound(read(run / best)) if best == present else load_state(run / best) and None
+        except Passing:
+            raise
+        except UserError as error:
+            found.append(f"{best}: {error}")
+        else:
+            found += [f"{best}: {problem}"] if problem else []
+    return found
 
 
 def prune(folder: Path, present: str, keep: int, always: set[str]) -> None:
@@ -238,52 +366,44 @@ def prune(folder: Path, present: str, keep: int, always: set[str]) -> None:
 
     A later one than the present is damaged, else the run would have gone on from it: it takes no whole one's place.
     """
-    ours = sorted((f for f in folder.glob("step-*") if f.name <= present), reverse=True)
+    last = runfolder.step_of(Path(present))
+    ours = [f for f in runfolder.steps(folder) if runfolder.step_of(f) <= last]
     for old in ours[keep:]:
         if old.name not in always:
             shutil.rmtree(old, ignore_errors=True)
-    for unfinished in folder.glob(".writing-*"):
+    for unfinished in folder.glob(f"{runfolder.WRITING}*"):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def prune_all_but(folder: Path, names: set[str]) -> None:
     """Delete every checkpoint in a folder but those named."""
-    for old in folder.glob("*step-*"):
+    for old in runfolder.steps(folder):
         if old.name not in names:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, file)
+    # it keeps them to their owner; the folder beside them is as open as the user's umask says
+    file.chmod(file.parent.stat().st_mode & 0o666)
+
+
 def _read(file: Path, state: dict[str, Any]) -> dict[str, Tensor]:
-    _check(file, state)
     try:
-        return load_file(file)
-    except OSError as error:
-        raise unreadable(file, error) from error
-    except SafetensorError as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-
-
-def _check(file: Path, state: dict[str, Any]) -> None:
-    try:
-        with file.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        data = runfolder.read_bytes(file)
     except FileNotFoundError:
         raise UserError(f"{file} is missing") from None
     except OSError as error:
         raise unreadable(file, error) from error
-    if digest != state.get("sha256", {}).get(file.name):
+    if hashlib.sha256(data).hexdigest() != state.get("sha256", {}).get(file.name):
         raise UserError(f"{file} is altered or truncated: its checksum differs from the one in {STATE}")
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
 
 
 def _sync_and_digest(file: Path) -> str:
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(call=_doctor)
 
     status = _command(commands, "status", "where a run stands: stage, speed, checkpoint, time left")
-    status.add_argument("run", type=Path, help="run folder")
+    status.add_argument("run", type=Path, help="run folder, or a folder of them for a line each")
     status.set_defaults(call=_status)
 
     requeue = _command(commands, "requeue", "after a job of irkd train: is it to run again?")
@@ -256,7 +256,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     from irkd_dist import status
 
-    print(status.show(status.read(arguments.run)))
+    print(status.overview(arguments.run))
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from irkd_dist import keys, plain, reading
+from irkd_dist.data.recipe import Augment
 from irkd_dist.distill.paper import PAPER_MODELS, PAPER_PATCH
 from irkd_dist.errors import UserError
 from irkd_dist.keys import OPERATIONAL, PATH
@@ -49,21 +50,6 @@ class Data:
     # slices of each batch that seeds and the order of sums belong to: a power of two; 1, 2, 4, ... processes up to it
     # then give the same bits under engine=ddp. null: a slice a process, and worlds agree up to rounding
     virtual_ranks: Positive | None = None
-    __pydantic_config__ = _strict
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Augmentation of training images; the defaults are the paper's for a student."""
-
-    padding: Annotated[int, Field(ge=0, le=4096)] = 4  # pixels of the random crop's padding ...
-    padding_at: Side | None = 32  # ... at this resolution, in proportion elsewhere; null: the same everywhere
-    flip: bool = True
-    auto_augment: Fraction = 0.0  # share of images that AutoAugment (CIFAR-10 policy) changes
-    erase: Fraction = 0.0  # share of images with a random rectangle erased
-    mixup: BetaShape = 0.0  # alpha of MixUp's Beta distribution
-    cutmix: BetaShape = 0.0  # alpha of CutMix's; both above 0: one of the two at random each batch
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # label smoothing
     __pydantic_config__ = _strict
 
 

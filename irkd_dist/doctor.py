@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from irkd_dist import __version__, runs, slurm
+from irkd_dist import __version__, configured, slurm
 from irkd_dist import config as configuration
 from irkd_dist.config import Config, Fixed
 from irkd_dist.data import sampler, shards
@@ -277,7 +277,7 @@ def _run_to_come(examine: _Examination, engine: Engine, config: Config, path: st
     sizes = ", ".join(str(s.resolution) for s in stages)
     examine(
         "configuration",
-        lambda: f"{path}: {config.student.name}, {sizes} px, run folder {runs.folder_of(config)}",
+        lambda: f"{path}: {config.student.name}, {sizes} px, run folder {configuration.folder_of(config)}",
     )
     manifest: Any = None
 
@@ -289,7 +289,7 @@ def _run_to_come(examine: _Examination, engine: Engine, config: Config, path: st
     def teacher_fits() -> str:
         if config.teacher is None:
             return "none"
-        network = runs.load_teacher(config, manifest)
+        network = configured.load_teacher(config, manifest)
         count = parameter_count(network.model) / 1e6
         fits = "same classes and normalisation, its patches fit every stage"
         return f"{network.folder}: {count:.2f} M parameters, {fits}"
@@ -308,7 +308,7 @@ def _run_to_come(examine: _Examination, engine: Engine, config: Config, path: st
         weights = sum(shape.numel() for shape in engine.shapes.values())
         gradient = f"a gradient of {4 * weights / MIB:.1f} MiB"
         said = f"{config.student.name} under {chosen}, {weights / 1e6:.2f} M parameters, {gradient}"
-        folder = runs.folder_of(config)
+        folder = configuration.folder_of(config)
         free = shutil.disk_usage(next(f for f in [folder, *folder.absolute().parents] if f.is_dir())).free
         needed = 12 * weights * (config.checkpoint.keep + 1 + len(stages))  # weights and two moments each
         if free < needed:
@@ -363,16 +363,16 @@ def _step(job: build.Parts, number: int) -> str:
     training, held_out = build.loaders(job, job.plan.stages[number])
     seconds, size = 0.0, 0
     with training, held_out:
-        for batch in itertools.islice(training.batches(0), 2):
+        for batches in itertools.islice(training.steps(0), 2):
             distributed.barrier(engine)
             _finish(engine)
             start = time.perf_counter()
             # as step 0: one at which saliency is aligned, whatever loss.saliency.every says
-            taken = step.take(job, batch, loss.kd.alpha, loss.saliency.gamma, 0)
+            taken = step.take(job, batches, loss.kd.alpha, loss.saliency.gamma, 0)
             _finish(engine)
             if bool(taken.skipped):
                 raise UserError("the gradient is not finite: lower optim.lr, or use precision=fp32")
-            seconds, size = time.perf_counter() - start, batch.size
+            seconds, size = time.perf_counter() - start, batches[0].size
     peak, kind = _peak(engine)
     slowest = _slowest(engine, seconds)
     text = f"{slowest:.3f} s, {size / slowest:,.0f} images/s, peak {peak / GIB:.2f} GiB {kind} a process"

@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from torch import Tensor, nn
 
-from irkd_dist import checkpoint, runs
 from irkd_dist import config as configuration
+from irkd_dist import configured, networks, runfolder
+from irkd_dist.config import Config
 from irkd_dist.data import shards
-from irkd_dist.data.loader import Loader
+from irkd_dist.data.loader import Batch, Loader
 from irkd_dist.distill import measure, models
+from irkd_dist.distill.measure import TappedModel
+from irkd_dist.distill.teacher import Teacher, freeze
 from irkd_dist.errors import UserError
-from irkd_dist.training import build, engines, metrics, restore
-from irkd_dist.training.build import Parts
-from irkd_dist.training.tracking import summary_table
+from irkd_dist.networks import Network
+from irkd_dist.training import build, engines, metrics, tracking
+from irkd_dist.training.engines import Engine
 
-RESULT = "evaluation.json"
 AGREEMENT_SAMPLES = 1024  # maps cost a backward pass each; the standard error is below 0.01 by then
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is measured, on what, by which of the processes."""
+
+    network: Network
+    config: Config  # of the run, with the shards that are measured on
+    manifest: shards.Manifest
+    place: Engine  # as far as it joins the processes
+    teacher: Teacher | None
+    taps: list[str]  # of the network, as the teacher's are paired with them
 
 
 def evaluate(
@@ -35,45 +50,43 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a run folder (its `best` or `last` checkpoint) or a checkpoint folder.
 
-    Accuracy in 0..1 by resolution over the whole split; for a run with a teacher the agreement of the maps (`mse`,
-    Pearson's `correlation`), and for shards with object masks the pointing game's hit rate, both over the first
-    1024 samples. Written to `evaluation.json` in the run folder.
+    Accuracy in 0..1 by resolution over the whole split; for a run whose teacher is at hand the agreement of the maps
+    (`mse`, Pearson's `correlation`), and for shards with object masks the pointing game's hit rate, both over the first
+    1024 samples; images/s of the networks alone. Written to a file of the run folder's `evaluation/` named after split,
+    resolutions and checkpoint, so that another measurement does not replace it.
 
     Raises:
-        UserError: no such run, split or resolution, or the shards or the teacher are gone.
+        UserError: no such run, split or resolution, or the shards are gone or of other classes.
     """
-    folder = runs.checkpoint_of(path, which)
-    state = checkpoint.load_state(folder)
-    config = configuration.from_dict(state["config"], f"{folder / checkpoint.STATE}")
+    network = networks.load(path, which)
+    config = configuration.from_dict(network.state["config"], str(network.folder / runfolder.STATE))
     config = replace(config, engine="ddp")  # whatever trained it: nothing is stepped here
     if data is not None:
         config = replace(config, data=replace(config.data, shards=data))
     manifest = shards.load_manifest(Path(config.data.shards))
     if split not in manifest.splits:
         raise UserError(f"{config.data.shards} has no split {split!r}; it has {', '.join(manifest.splits)}")
-    engine = engines.setup(config)
+    networks.check_classes(network.classes, manifest, config.data.shards, str(network.folder))
+    # its images are normalised as those that it was trained on, whatever the shards' own statistics are
+    manifest = replace(manifest, mean=network.mean, std=network.std)
+    place = engines.setup(config)
     try:
-        job = build.build(config, engine)
-        restore.load_into(engine, folder, moments=False)
-        sizes = resolutions or _default_resolutions(job)
+        notes = list(network.notes)
+        network.model.to(place.device)
+        if place.device.type == "cpu":
+            models.without_fused_attention(network.model)  # as in training: the same numbers
+        teacher, taps = _teacher(config, network, manifest, place, notes)
+        task = _Task(network, config, manifest, place, teacher, taps)
+        sizes = sorted(set(resolutions or _default_resolutions(task)))
         for size in sizes:
-            _check_resolution(job, size)
-        result: dict[str, Any] = {
-            "checkpoint": str(folder),
-            "split": split,
-            "accuracy": {},
-            "agreement": {},
-            "pointing": {},
-        }
-        for size in sizes:
-            with build.evaluation_loader(job.config, job.manifest, engine, split, size) as loader:
-                result["accuracy"][str(size)] = metrics.accuracy(engine, job.student, loader, "the student")
-                _measure_maps(job, loader, split, size, result)
-        if engine.main:
-            _write(runs.run_of(path) if (runs.run_of(path) / runs.CONFIG).exists() else folder, result)
+            _check_resolution(task, size)
+        result = _measure(task, split, sizes) | {"notes": notes}
+        if place.main:
+            other_data = network.state.get("data_digest") not in (None, build.data_digest(manifest))
+            _write(path, network, result, build.data_digest(manifest) if other_data else None)
         return result
     finally:
-        engine.finish()
+        place.finish()
 
 
 def show(result: dict[str, Any]) -> None:
@@ -92,75 +105,167 @@ def show(result: dict[str, Any]) -> None:
         if result["pointing"]:
             row.append(f"{result['pointing'][size]:.2%}")
         rows.append(row)
-    title = f"{result['checkpoint']}, {result['split']} split"
-    Console().print(summary_table(title, columns, rows))
+    console = tracking.console()
+    for note in result["notes"]:
+        console.print(note)
+    title = f"{result['checkpoint']}, {result['split']} split, {result['samples']} images"
+    console.print(tracking.summary_table(title, columns, rows))
 
 
-def _measure_maps(job: Parts, loader: Loader, split: str, size: int, result: dict[str, Any]) -> None:
-    """Rank 0's share of the maps: agreement with the teacher, and the pointing game where there are masks."""
-    if not job.taps:
-        return
-    batches = []
+def _measure(task: _Task, split: str, sizes: list[int]) -> dict[str, Any]:
+    model, autocast = task.network.model, task.place.autocast
+    accuracy, agreement, pointing, rates, samples = {}, {}, {}, {}, 0
+    for size in sizes:
+        with build.evaluation_loader(task.config, task.manifest, task.place, split, size) as loader:
+            samples, key = len(loader), str(size)
+            accuracy[key] = metrics.accuracy(task.place, model, loader, "the student")
+            first = next(iter(loader.batches(0)))
+            rates[key] = {"student": _rate(model, first.images, autocast)}
+            if task.teacher is not None:
+                view = _full_view(task, split, size, [first])[0]
+                seen = view.images if view.full is None else view.full
+                rates[key]["teacher"] = _rate(task.teacher.model, seen, task.teacher.autocast)
+            batches = _first_batches(loader) if task.taps else []
+        if batches and task.teacher is not None:
+            student = TappedModel(model, task.taps, task.network.method, autocast)
+            seen = _full_view(task, split, size, batches)
+            normalization = task.config.loss.saliency.normalization
+            agreement[key] = measure.agreement(student, task.teacher, seen, normalization)
+        if batches and task.manifest.masks and not task.config.data.centre_crop:
+            pointing[key] = _pointing(task, split, size, batches)
+    return {
+        "checkpoint": str(task.network.folder), "split": split, "shards": task.config.data.shards, "samples": samples,
+        "accuracy": accuracy, "agreement": agreement, "pointing": pointing, "images_per_s": rates,
+        "parameters": models.parameter_count(model),
+    }  # fmt: skip
+
+
+def _teacher(
+    config: Config, network: Network, manifest: shards.Manifest, place: Engine, notes: list[str]
+) -> tuple[Teacher | None, list[str]]:
+    """The run's teacher, if it is at hand, and the student's taps that are paired with its own."""
+    if config.teacher is None or not network.taps:
+        return None, list(network.taps)
+    try:
+        own = configured.load_teacher(_last_teacher(config), manifest)
+        pairs, _ = networks.tap_pairs(config, network.model, own.model)
+    except UserError as error:
+        notes.append(f"the agreement with the teacher's maps is left out: {error}")
+        return None, list(network.taps)
+    spec, renormalize = config.loss.saliency, None
+    if config.teacher.renormalize:
+        ours_mean, ours_std, mean, std = (
+            torch.tensor(v, device=place.device).view(3, 1, 1)
+            for v in (network.mean, network.std, own.mean, own.std)
+        )
+        renormalize = (ours_std / std, (ours_mean - mean) / std)
+    frozen = freeze(own.model.to(place.device), place.autocast, spec.method != "attention", place.device)
+    teacher = Teacher(frozen, [t.path for _, t in pairs], network.method, place.autocast, renormalize)
+    return (teacher, [s.path for s, _ in pairs]) if pairs else (None, list(network.taps))
+
+
+def _last_teacher(config: Config) -> Config:
+    """The configuration with the teacher of its last stage, where stages have their own."""
+    last, teacher = configuration.stages(config)[-1], config.teacher
+    if teacher is None or teacher.run is None:
+        return config
+    if last.teacher is not None:
+        return replace(config, teacher=replace(teacher, run=last.teacher))
+    if teacher.schedule == "aligned":
+        newest = runfolder.steps(Path(teacher.run) / runfolder.CHECKPOINTS)
+        return replace(config, teacher=replace(teacher, run=str(newest[0]) if newest else teacher.run))
+    return config
+
+
+def _first_batches(loader: Loader) -> list[Batch]:
+    batches: list[Batch] = []
     for batch in loader.batches(0):
         batches.append(batch)
         if sum(len(b.ids) for b in batches) >= AGREEMENT_SAMPLES:
             break
-    student = job.tapped
-    if job.teacher is not None:
-        restore.load_stage_teacher(job, len(job.plan.stages) - 1)
-        normalization = job.config.loss.saliency.normalization
-        seen = batches
-        if build.full_view(job.config):
-            with build.evaluation_loader(
-                job.config, job.manifest, job.engine, split, size, full=True
-            ) as whole:
-                seen = [replace(b, full=w.images) for b, w in zip(batches, whole.batches(0), strict=False)]
-        result["agreement"][str(size)] = measure.agreement(student, job.teacher, seen, normalization)
-    if job.manifest.masks and not job.config.data.centre_crop:
-        folder = Path(job.config.data.shards)
-        stored = size if job.manifest.mode == "resize" else job.manifest.resolutions[-1]
-        opened = shards.open_split(folder, job.manifest, split, stored, verify="size")
-        with contextlib.closing(opened):
-            hits = [
-                measure.pointing_hits(student.maps(b.images, b.labels), _masks(opened, b.ids))
-                for b in batches
-            ]
-        result["pointing"][str(size)] = float(torch.cat(hits).float().mean())
+    return batches
 
 
-def _masks(opened: shards.Split, ids: Any) -> torch.Tensor:
+def _full_view(task: _Task, split: str, size: int, batches: list[Batch]) -> list[Batch]:
+    """The batches with what the teacher sees, where that is the full resolution."""
+    if task.config.teacher is None or task.config.teacher.view != "full":
+        return batches
+    with build.evaluation_loader(task.config, task.manifest, task.place, split, 0, full=True) as whole:
+        return [replace(b, full=w.images) for b, w in zip(batches, whole.batches(0), strict=False)]
+
+
+def _pointing(task: _Task, split: str, size: int, batches: list[Batch]) -> float:
+    student = TappedModel(task.network.model, task.taps, task.network.method, task.place.autocast)
+    stored = size if task.manifest.mode == "resize" else task.manifest.resolutions[-1]
+    opened = shards.open_split(Path(task.config.data.shards), task.manifest, split, stored, verify="size")
+    with contextlib.closing(opened):
+        hits = [
+            measure.pointing_hits(student.maps(b.images, b.labels), _masks(opened, b.ids)) for b in batches
+        ]
+    return float(torch.cat(hits).float().mean())
+
+
+def _masks(opened: shards.Split, ids: Any) -> Tensor:
     encoded = [opened.mask(int(i)) for i in ids]
     return torch.stack([shards.decode(m, "png")[0] > 127 for m in encoded if m is not None])
 
 
-def _default_resolutions(job: Parts) -> list[int]:
-    stages = {s.resolution for s in job.plan.stages}
-    if job.manifest.mode == "crop":
+@torch.no_grad()
+def _rate(model: nn.Module, images: Tensor, autocast: torch.dtype | None, seconds: float = 0.2) -> float:
+    """Images a second of a network's forward alone on this process, in evaluation mode."""
+
+    def forward() -> None:
+        with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+            model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+
+    forward()  # the first one allocates
+    started, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - started < seconds:
+        forward()
+        count += len(images)
+    return round(count / (time.perf_counter() - started), 1)
+
+
+def _default_resolutions(task: _Task) -> list[int]:
+    stages = {s.resolution for s in configuration.stages(task.config)}
+    if task.manifest.mode == "crop":
         return sorted(stages)
-    patches = _patches(job).values()
-    return [r for r in job.manifest.resolutions if r in stages or not any(r % p for p in patches)]
+    patches = _patches(task).values()
+    return [r for r in task.manifest.resolutions if r in stages or not any(r % p for p in patches)]
 
 
-def _patches(job: Parts) -> dict[str, int]:
+def _patches(task: _Task) -> dict[str, int]:
     """Patch sizes that a resolution must be a multiple of, by role."""
-    sizes = {"student": models.patch_size(job.student)}
-    if job.teacher is not None and not build.full_view(job.config):
-        sizes["teacher"] = models.patch_size(job.teacher.model)
+    sizes = {"student": models.patch_size(task.network.model)}
+    if task.teacher is not None and task.config.teacher is not None and task.config.teacher.view != "full":
+        sizes["teacher"] = models.patch_size(task.teacher.model)
     return {role: size for role, size in sizes.items() if size is not None}
 
 
-def _check_resolution(job: Parts, size: int) -> None:
-    if job.manifest.mode == "resize" and size not in job.manifest.resolutions:
-        rendered = ", ".join(map(str, job.manifest.resolutions))
-        raise UserError(f"--resolutions {size}: {job.config.data.shards} was rendered at {rendered} px")
+def _check_resolution(task: _Task, size: int) -> None:
     if size < 1:
         raise UserError(f"--resolutions {size} is no size in pixels")
-    for role, patch in _patches(job).items():
+    if task.manifest.mode == "resize" and size not in task.manifest.resolutions:
+        rendered = ", ".join(map(str, task.manifest.resolutions))
+        raise UserError(f"--resolutions {size}: {task.config.data.shards} was rendered at {rendered} px")
+    for role, patch in _patches(task).items():
         if size % patch:
             raise UserError(f"--resolutions {size} is not a multiple of patch size {patch} ({role})")
 
 
-def _write(folder: Path, result: dict[str, Any]) -> None:
-    temporary = folder / f".{RESULT}"
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.rename(folder / RESULT)
+def _write(path: Path, network: Network, result: dict[str, Any], other_data: str | None) -> None:
+    """Keep a result in the run folder, or beside a checkpoint that is in none."""
+    run = runfolder.run_of(path)
+    which = network.folder.name if path == network.folder else _which(run, network)
+    parts = [result["split"], *result["accuracy"], which, *(["data", other_data] if other_data else [])]
+    file = run / runfolder.EVALUATION / ("-".join(parts) + ".json")
+    try:
+        runfolder.write(file, json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write the result {file}: {error.strerror or error}") from error
+
+
+def _which(run: Path, network: Network) -> str:
+    return "best" if network.folder.parent == run / runfolder.BEST else "last"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from irkd_dist import runfolder
 from irkd_dist.errors import UserError
-from irkd_dist.training.tracking import EVENTS, read_events
 
 SILENT = 120.0  # seconds without a sign of life after which "running" is doubted; a slow run's own pace counts more
 TROUBLE = ("skip", "rollback", "checkpoint_failed", "stop")
@@ -44,6 +41,7 @@ class Status:
     world: int | None
     trouble: dict[str, int]  # how often: skip, rollback, ...
     left: float | None  # estimated seconds
+    damage: list[str]  # what could not be read, and was left out
 
 
 def read(run: Path, now: float | None = None) -> Status:
@@ -53,9 +51,10 @@ def read(run: Path, now: float | None = None) -> Status:
         UserError: not a run folder, or its files cannot be read.
     """
     now = time.time() if now is None else now
-    events = read_events(run)
+    log = runfolder.read_log(run)
     stages, by_tokens = _stages(run)
-    told = _told(run)
+    events = [e for e in runfolder.settled(log.events) if e.get("stage", 0) in range(len(stages))]
+    told, damage = runfolder.read_status(run)
     kinds = {kind: [e for e in events if e["event"] == kind] for kind in ("train", "evaluation", "stage")}
     entered = kinds["stage"][-1] if kinds["stage"] else {"stage": 0, "resolution": stages[0][0], "step": 0}
     here = entered["stage"]
@@ -65,10 +64,10 @@ def read(run: Path, now: float | None = None) -> Status:
     finished = any(e["event"] == "summary" for e in events)
     step = max((e["step"] for e in events), default=0)
     per_epoch = entered.get("steps_per_epoch")
-    last = max([e["time"] for e in events] + ([told["time"]] if told else []), default=now)
+    last = max([e["time"] for e in events] + ([told["time"]] if "time" in told else []), default=now)
     age = max(now - last, 0.0)
     checkpoint = _newest_checkpoint(run)
-    starts = _starts(run)
+    starts = _starts(log.events)
     state = _state(told, finished, age, trained, bool(kinds["stage"]))
     latest = trained[-1] if trained else None
     left = None
@@ -79,7 +78,7 @@ def read(run: Path, now: float | None = None) -> Status:
     if state in ("running", "silent", "stopped") and per_epoch:
         left = _left(events, entered, step, stages, per_epoch)
     return Status(
-        str(run), state, str(told.get("reason") or "") if told and state == told["state"] else "", age, here,
+        str(run), state, told.get("reason", "") if state == told.get("state") else "", age, here,
         len(stages), resolution, judged[-1]["stage_epoch"] if judged else 0, epochs, step,
         round(sum(e * per_epoch * scale(r) for r, e in stages)) if per_epoch else None,
         latest["images_per_s"] if latest else None, _step_seconds(trained),
@@ -88,6 +87,7 @@ def read(run: Path, now: float | None = None) -> Status:
         checkpoint[0] if checkpoint else None, max(now - checkpoint[1], 0.0) if checkpoint else None,
         max(len(starts) - 1, 0), starts[-1].get("world") if starts else None,
         {k: n for k in TROUBLE if (n := sum(e["event"] == k for e in events))}, left,
+        [*([damage] if damage else []), *log.said()],
     )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def show(status: Status) -> str:
         ("step", f"{s.step:,}" + (f" of {s.steps:,} at most" if s.steps and s.state != "finished" else "")),
     ]
     if s.reason:
-        rows.insert(0, ("why", s.reason))
+        rows.insert(0, ("why", runfolder.printable(s.reason)))
     if s.images_per_s is not None and s.step_s is not None and s.data_wait is not None:
         who = f" on {s.world} process{'es' if s.world != 1 else ''}" if s.world else ""
         waiting = f"{s.data_wait:.1%} of it waiting for images"
@@ -124,32 +124,59 @@ def show(status: Status) -> str:
     if s.left is not None:
         how = "an estimate" + (": later stages by their pixels" if s.stage + 1 < s.stages else "")
         rows.append(("left", f"about {_span(s.left)} of training at most ({how})"))
-    return "\n".join([f"{s.run}: {head}", *(f"  {name:<11} {text}" for name, text in rows)])
+    rows += [("damaged", runfolder.printable(text)) for text in s.damage]
+    return "\n".join(
+        [f"{runfolder.printable(s.run)}: {head}", *(f"  {name:<11} {text}" for name, text in rows)]
+    )
+
+
+def overview(path: Path, now: float | None = None) -> str:
+    """`show` of a run folder; of a folder that holds some, a line for each, the newest sign of life first.
+
+    Raises:
+        UserError: it is no run folder and holds none.
+    """
+    if any((path / name).exists() for name in (runfolder.CONFIG, runfolder.EVENTS)) or not path.is_dir():
+        return show(read(path, now))
+    lines: list[tuple[float, str]] = []
+    for run in sorted(f for f in path.iterdir() if f.is_dir() and (f / runfolder.CONFIG).exists()):
+        try:
+            found = read(run, now)
+            lines.append((found.age, _line(found)))
+        except UserError as error:
+            lines.append((float("inf"), f"{runfolder.printable(run.name)}  damaged: {error}"))
+    if not lines:
+        raise UserError(
+            f"{path} is no run folder and holds none: none of its folders has a {runfolder.CONFIG}"
+        )
+    return "\n".join(line for _, line in sorted(lines))
+
+
+def _line(s: Status) -> str:
+    parts = [f"{s.state} {_span(s.age)} ago", f"stage {s.stage + 1} of {s.stages} ({s.resolution} px)"]
+    parts.append(f"step {s.step:,}" + (f" of {s.steps:,}" if s.steps and s.state != "finished" else ""))
+    parts += [f"{s.split} {s.best:.2%}"] if s.best is not None else []
+    parts += [f"about {_span(s.left)} left"] if s.left is not None else []
+    parts += [s.reason] if s.reason else []
+    parts += [f"damaged: {text}" for text in s.damage]
+    return runfolder.printable(f"{Path(s.run).name}  " + ", ".join(parts))
 
 
 def _stages(run: Path) -> tuple[list[tuple[int, int]], bool]:
     """(resolution, epochs) of each stage, and whether its steps go with its pixels (curriculum.batch=tokens)."""
-    file = run / "config.yaml"
+    tree = runfolder.read_config(run)
     try:
-        tree: Any = OmegaConf.to_container(OmegaConf.load(file))
         if tree.get("fixed"):
-            return [(tree["fixed"]["resolution"], tree["fixed"]["epochs"])], False
-        plan = tree["curriculum"]
-        stages = [(s["resolution"], s["epochs"] or plan["epochs"]) for s in plan["stages"]]
-        return stages, plan.get("batch") == "tokens"
-    except FileNotFoundError:
-        raise UserError(f"{run} is no run folder: it has no config.yaml") from None
-    except Exception as error:
-        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
-
-
-def _told(run: Path) -> dict[str, Any]:
-    """status.json as rank 0 keeps it; empty where there is none yet or it is being written."""
-    try:
-        told = json.loads((run / "status.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return told if isinstance(told, dict) and {"state", "time"} <= told.keys() else {}
+            stages, by_tokens = [(tree["fixed"]["resolution"], tree["fixed"]["epochs"])], False
+        else:
+            plan = tree["curriculum"]
+            stages = [(s["resolution"], s.get("epochs") or plan["epochs"]) for s in plan["stages"]]
+            by_tokens = plan.get("batch") == "tokens"
+    except (LookupError, TypeError, AttributeError):
+        stages, by_tokens = [], False
+    if not stages or not all(runfolder.is_count(v) and v > 0 for pair in stages for v in pair):
+        raise UserError(f"{run / runfolder.CONFIG} names no stages with a resolution and epochs")
+    return stages, by_tokens
 
 
 def _state(
@@ -166,30 +193,20 @@ def _state(
     return "running" if entered else "waiting"
 
 
-def _starts(run: Path) -> list[dict[str, Any]]:
-    """Every start and resume up to the first end: read_events forgets those that came to nothing."""
-    starts = []
-    for line in (run / EVENTS).read_text().splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if event.get("event") == "summary":
-            break
-        if event.get("event") in ("start", "resume"):
-            starts.append(event)
-    return starts
+def _starts(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every start and resume up to the first end: settled events forget those that came to nothing."""
+    ends = (i for i, e in enumerate(events) if e["event"] == "summary")
+    return [e for e in events[: next(ends, None)] if e["event"] in ("start", "resume")]
 
 
 def _newest_checkpoint(run: Path) -> tuple[int, float] | None:
-    """Step and time of the newest checkpoint; a folder has its name only when it is whole."""
-    found = []
-    for state in (run / "checkpoints").glob("step-*/state.json"):
+    """Step and time of the newest checkpoint."""
+    for folder in runfolder.steps(run / runfolder.CHECKPOINTS):
         try:
-            found.append((int(state.parent.name.removeprefix("step-")), state.stat().st_mtime))
-        except (OSError, ValueError):
+            return runfolder.step_of(folder), (folder / runfolder.STATE).stat().st_mtime
+        except OSError:
             continue  # pruned under our eyes
-    return max(found, default=None)
+    return None
 
 
 def _step_seconds(trained: list[dict[str, Any]]) -> float | None:

@@ -17,10 +17,9 @@ import timm
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from irkd_dist import __version__, plain, runs
+from irkd_dist import __version__, plain, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
-from irkd_dist.training.tracking import read_events
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def _arguments(path: str, seed: int | None, overrides: list[str]) -> list[str]:
 def _result(path: str, name: str, seed: int | None, overrides: list[str]) -> Result:
     arguments = _arguments(path, seed, overrides)
     config = configuration.load(path, arguments[2:])
-    events = read_events(runs.folder_of(config))
+    events = runfolder.read_events(configuration.folder_of(config))
     summary = next(e for e in reversed(events) if e["event"] == "summary")
     if "test_accuracy" not in summary:
         raise UserError(f"{config.data.shards} has no test split, and a study's table needs one")

@@ -9,7 +9,6 @@ and gives up after a few of them.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -61,13 +60,13 @@ def _command(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 
 def _stopped(arguments: list[str]) -> bool:
     """Whether the run says of itself that it was stopped: W&B's server may have asked it directly."""
-    from irkd_dist import config, runs  # these import torch
+    from irkd_dist import config, runfolder
 
     try:
-        folder = runs.folder_of(config.load(arguments[0], arguments[1:]))
-        return json.loads((folder / "status.json").read_text())["state"] == "stopped"
-    except (errors.UserError, OSError, ValueError, LookupError):
+        folder = config.folder_of(config.load(arguments[0], arguments[1:]))
+    except errors.UserError:
         return False
+    return runfolder.read_status(folder)[0].get("state") == "stopped"
 
 
 def _end_with_parent() -> None:

@@ -1,8 +1,9 @@
 """Faults injected into real runs, and what must hold afterwards: used by test_faults.py and by `make chaos`.
 
 `python -m tests.chaos --faults 200 --seed 7` draws faults from the seed, lets several hit each run, gives the same
-command again until the run ends, and compares with the unbroken run: weights and moments bitwise, every step once,
-every sample once. Prints a table and a line of counts; exits with 1 if anything was lost.
+command again until the run ends, each time on one, two or four processes, and compares with the unbroken run of one
+process: weights and moments bitwise, every step once, every sample once. Prints a table and a line of counts; exits
+with 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from safetensors.torch import load_file
 
 from irkd_dist import checkpoint
 from irkd_dist.data import sampler
-from irkd_dist.training.tracking import read_events, read_samples
+from irkd_dist.runfolder import read_events, read_samples
 from tests.training.launch import REPOSITORY
 
 IMAGES, BATCH, EPOCH_STEPS = 110, 32, 4
@@ -37,6 +38,10 @@ SETTINGS = [
     "track.samples=true", "track.log_every=1", "checkpoint.every_steps=3", "rank_timeout_s=3",
     "student.dropout=0.1", "augment.mixup=0.4", "optim.policy=reset",
 ]  # fmt: skip
+
+
+VIRTUAL = [*SETTINGS, "data.virtual_ranks=4"]  # any of the soak's worlds ends with the same bits
+WORLDS = (1, 2, 2, 4)
 
 
 MARK = "IRKD_STARTED_AS"  # environment variable
@@ -215,8 +220,9 @@ def draw(dice: random.Random, world: int, begin: int) -> Fault:
 
 
 def not_finite(dice: random.Random, world: int) -> Fault:
-    step, kind = dice.choice((1, 6, 9)), dice.choice(("nan", "inf"))
-    return Fault(f"{kind} loss on one rank", f"{kind}@loss:{step}:{dice.randrange(world)}", leaves_out=step)
+    step, kind, where = dice.choice((1, 6, 9)), dice.choice(("nan", "inf")), dice.choice(("loss", "gradient"))
+    what = f"{kind} loss on one rank" if where == "loss" else f"{kind} in one element of one rank's gradient"
+    return Fault(what, f"{kind}@{where}:{step}:{dice.randrange(world)}", leaves_out=step)
 
 
 @dataclass
@@ -228,30 +234,32 @@ class Soak:
     lost: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
-    references: dict[tuple[int, int | None], str] = field(default_factory=dict)
+    references: dict[int | None, str] = field(default_factory=dict)
+    changes: int = 0  # of the world, between two starts of a run
 
-    def reference(self, world: int, left_out: int | None) -> Path:
-        """The unbroken run to compare with, made when first asked for."""
-        key = (world, left_out)
-        if key not in self.references:
-            self.references[key] = name = f"reference-{world}-{left_out}"
+    def reference(self, left_out: int | None) -> Path:
+        """The unbroken run of one process to compare with, made when first asked for."""
+        if left_out not in self.references:
+            self.references[left_out] = name = f"reference-{left_out}"
             more = [] if left_out is None else [f"data.leave_out=[{left_out}]"]
-            done = finish(start(self.folder / "student.yaml", name, world, *more))
+            done = finish(start(self.folder / "student.yaml", name, 1, *VIRTUAL, *more))
             assert done.code == 0, done.text[-3000:]
-        return self.folder / self.references[key]
+        return self.folder / self.references[left_out]
 
     def run(self, number: int, dice: random.Random, left: int) -> int:
         """One run and the faults that hit it; returns how many."""
-        world, config, name = dice.choice((1, 2, 2, 3)), self.folder / "student.yaml", f"run-{number:04d}"
+        config, name = self.folder / "student.yaml", f"run-{number:04d}"
         planned: list[Fault] = []
-        first = not_finite(dice, world) if dice.random() < 0.25 else None
+        worlds = [dice.choice(WORLDS)]
+        first = not_finite(dice, worlds[0]) if dice.random() < 0.25 else None
         done = Outcome(1, "", 0.0)
         for _ in range(min(left, dice.randrange(2, 5))):
             begin = min(reached(self.folder / name) + 1, STEPS - 1) if (self.folder / name).exists() else 0
-            fault = first or draw(dice, world, begin)
+            fault = first or draw(dice, worlds[-1], begin)
             first = None
             planned.append(fault)
-            done = strike(config, name, world, fault)
+            done = strike(config, name, worlds[-1], fault, *VIRTUAL)
+            worlds.append(dice.choice(WORLDS))
             self.faults[fault.name] += 1
             self.seconds[fault.name] += round(done.seconds)
             if done.orphans:
@@ -263,10 +271,11 @@ class Soak:
         for _ in range(3):
             if ended(self.folder / name):
                 break
-            done = finish(start(config, name, world))
-        wrong = losses_of(self.folder / name, self.reference(world, next(iter(left_out), None)), left_out)
+            done = finish(start(config, name, worlds[-1], *VIRTUAL))
+        self.changes += sum(a != b for a, b in itertools.pairwise(worlds))
+        wrong = losses_of(self.folder / name, self.reference(next(iter(left_out), None)), left_out)
         if wrong:
-            self.problems.append(f"{name} (world {world}): {planned}: {wrong}\n{done.text[-1500:]}")
+            self.problems.append(f"{name} (worlds {worlds}): {planned}: {wrong}\n{done.text[-1500:]}")
             self.lost[planned[-1].name] += 1
         shutil.rmtree(self.folder / name)
         return len(planned)
@@ -327,7 +336,10 @@ def main() -> int:
     for problem in soak.problems:
         print(problem)
     lost = sum(soak.lost.values())
-    print(f"\nchaos: seed {arguments.seed}, {count} faults in {number} runs, {lost} lost")
+    print(
+        f"\nchaos: seed {arguments.seed}, {count} faults in {number} runs, the world changed {soak.changes} times, "
+        f"{lost} lost"
+    )
     return 1 if lost else 0
 
 

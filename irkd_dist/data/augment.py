@@ -1,4 +1,4 @@
-"""Augmentations on whole batches, every draw keyed by (seed, epoch, sample id).
+"""Augmentations on whole batches, every draw keyed by (seed, draw, sample id).
 
 A sample's draw never depends on the batch it is in, nor on a generator that someone else may advance: any
 world size, any number of workers and any restart give the same pixels. Draws are relative (a fraction of the
@@ -29,7 +29,7 @@ Box = tuple[int, int, int, int]  # top, left, bottom, right
 
 
 def crop_offsets(
-    seed: int, epoch: int, ids: np.ndarray, padding: int, size: int, stored: int | None = None
+    seed: int, draw: int, ids: np.ndarray, padding: int, size: int, stored: int | None = None
 ) -> np.ndarray:
     """Top left corners, (B, 2) int64 as (y, x), of size x size crops from padded images.
 
@@ -39,7 +39,7 @@ def crop_offsets(
     places = stored + 2 * padding - size + 1
     if places < 1:
         raise ValueError(f"a {size} px crop does not fit an image of {stored} px padded by {padding} px")
-    u = np.stack([uniform(seed, epoch, ids, CROP_Y), uniform(seed, epoch, ids, CROP_X)], axis=1)
+    u = np.stack([uniform(seed, draw, ids, CROP_Y), uniform(seed, draw, ids, CROP_X)], axis=1)
     return np.floor(u * places).astype(np.int64)
 
 
@@ -55,9 +55,9 @@ def random_crop(images: Tensor, offsets: np.ndarray, padding: int, size: int) ->
     return windows.index_select(0, (rows * width + x.view(n, 1, 1)).view(-1)).view(n, channels, size, size)
 
 
-def flip_mask(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
+def flip_mask(seed: int, draw: int, ids: np.ndarray) -> np.ndarray:
     """Which samples are flipped, (B,) bool, each with probability 1/2."""
-    return uniform(seed, epoch, ids, FLIP) < 0.5
+    return uniform(seed, draw, ids, FLIP) < 0.5
 
 
 def flip(images: Tensor, mask: np.ndarray) -> Tensor:
@@ -91,19 +91,19 @@ def normalize(
     return images.to(torch.float32).sub_(shift).mul_(scale).to(dtype)
 
 
-def erase_boxes(seed: int, epoch: int, ids: np.ndarray, p: float, size: int) -> np.ndarray:
+def erase_boxes(seed: int, draw: int, ids: np.ndarray, p: float, size: int) -> np.ndarray:
     """Rectangles to erase, (B, 4) int64 as (top, left, bottom, right); all zero where nothing is erased.
 
     Zhong et al. 2020 with torchvision's defaults: area 0.02 to 0.33 of the image, aspect ratio 0.3 to 3.3
     (log uniform), the first of ten attempts that fits.
     """
     boxes = np.zeros((len(ids), 4), dtype=np.int64)
-    open_ = uniform(seed, epoch, ids, ERASE) < p
+    open_ = uniform(seed, draw, ids, ERASE) < p
     for attempt in range(ERASE_ATTEMPTS):
         if not open_.any():
             break
         area, ratio, y, x = (
-            uniform(seed, epoch, ids, stream + 100 * attempt)
+            uniform(seed, draw, ids, stream + 100 * attempt)
             for stream in (ERASE_AREA, ERASE_RATIO, ERASE_Y, ERASE_X)
         )
         pixels = size * size * (0.02 + (0.33 - 0.02) * area)
@@ -166,18 +166,18 @@ CIFAR10_POLICY: tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...
 )
 
 
-def auto_augment(images: Tensor, seed: int, epoch: int, ids: np.ndarray, probability: float) -> Tensor:
+def auto_augment(images: Tensor, seed: int, draw: int, ids: np.ndarray, probability: float) -> Tensor:
     """AutoAugment's CIFAR-10 policy on images (B, 3, H, W) uint8, each with `probability` (1: always).
 
     torchvision's class draws from torch's global generator, which dropout in the training thread advances
     too; this one draws by sample id, and runs each operation once for all the images that drew it.
     """
-    used = uniform(seed, epoch, ids, POLICY_USED) < probability
-    policy = (uniform(seed, epoch, ids, POLICY) * len(CIFAR10_POLICY)).astype(np.int64)
+    used = uniform(seed, draw, ids, POLICY_USED) < probability
+    policy = (uniform(seed, draw, ids, POLICY) * len(CIFAR10_POLICY)).astype(np.int64)
     for half in (0, 1):
         chance = np.array([pair[half][1] for pair in CIFAR10_POLICY])[policy]
-        applied = used & (uniform(seed, epoch, ids, POLICY_APPLY[half]) < chance)
-        negative = uniform(seed, epoch, ids, POLICY_SIGN[half]) < 0.5
+        applied = used & (uniform(seed, draw, ids, POLICY_APPLY[half]) < chance)
+        negative = uniform(seed, draw, ids, POLICY_SIGN[half]) < 0.5
         groups: dict[tuple[str, int, bool], list[int]] = {}
         for i in np.flatnonzero(applied):
             name, _, level = CIFAR10_POLICY[policy[i]][half]
@@ -231,28 +231,35 @@ def policy_operation(images: Tensor, name: str, level: int, negative: bool = Fal
 
 
 class Mix(NamedTuple):
-    """How a batch is mixed: share of the own image, and the box that the partner fills (None: MixUp)."""
+    """How a batch, or a sample, is mixed: share of the own image, and the box that the partner fills (None: MixUp)."""
 
     lam: float
     box: Box | None
 
 
-def draw_mix(seed: int, epoch: int, step: int, mixup_alpha: float, cutmix_alpha: float, size: int) -> Mix:
-    """One mix for a global batch of size x size images: MixUp, CutMix, or one at random if both alphas > 0.
+def draw_mix(
+    seed: int, draw: int, keys: np.ndarray, mixup_alpha: float, cutmix_alpha: float, size: int
+) -> list[Mix]:
+    """A mix for each key, of size x size images: MixUp, CutMix, or one at random if both alphas > 0.
 
+    A key is the step of a global batch that is mixed as one, or the id of a sample that is mixed for itself.
     lam ~ Beta(alpha, alpha); CutMix corrects it to the area of its box (Zhang et al. 2018, Yun et al. 2019).
     """
-    key = np.array([step])
-    cut = cutmix_alpha > 0 and (mixup_alpha <= 0 or uniform(seed, epoch, key, MIX_MODE)[0] < 0.5)
-    alpha = cutmix_alpha if cut else mixup_alpha
+    mode, lam, y, x = (uniform(seed, draw, keys, stream) for stream in (MIX_MODE, MIX_LAM, MIX_Y, MIX_X))
+    cut = (cutmix_alpha > 0) & ((mode < 0.5) | (mixup_alpha <= 0))
+    alpha = np.where(cut, cutmix_alpha, mixup_alpha)
+    centres = np.stack([y, x], axis=1) * size
+    return [_mix(*each, size) for each in zip(lam, alpha, cut, centres.astype(int).tolist(), strict=True)]
+
+
+def _mix(u: float, alpha: float, cut: bool, centre: list[int], size: int) -> Mix:
     if alpha <= 0:
         return Mix(1.0, None)
     # RandomState's streams are frozen for good (NEP 19), those of Generator are not.
-    lam = float(np.random.RandomState(int(uniform(seed, epoch, key, MIX_LAM)[0] * 2**32)).beta(alpha, alpha))
+    lam = float(np.random.RandomState(int(u * 2**32)).beta(alpha, alpha))
     if not cut:
         return Mix(lam, None)
-    y, x = (int(uniform(seed, epoch, key, stream)[0] * size) for stream in (MIX_Y, MIX_X))
-    top, left, bottom, right = box = cutmix_box(lam, y, x, size)
+    top, left, bottom, right = box = cutmix_box(lam, centre[0], centre[1], size)
     return Mix(1 - (bottom - top) * (right - left) / size**2, box)
 
 
@@ -263,11 +270,15 @@ def cutmix_box(lam: float, y: int, x: int, size: int) -> Box:
     return max(y - low, 0), max(x - low, 0), min(y + high, size), min(x + high, size)
 
 
-def apply_mix(images: Tensor, partner_images: Tensor, mix: Mix) -> Tensor:
-    """Images (B, C, H, W) mixed with their partners, which are at position n - 1 - i of the global batch."""
-    if mix.box is None:
-        return images * mix.lam + partner_images * (1 - mix.lam)
-    top, left, bottom, right = mix.box
+def apply_mix(images: Tensor, partner_images: Tensor, mix: list[Mix]) -> Tensor:
+    """Images (B, C, H, W) mixed with their partners: all alike by the one mix, or each by its own of B."""
+    if len(mix) > 1:
+        pairs = zip(images.split(1), partner_images.split(1), mix, strict=True)
+        return torch.cat([apply_mix(own, partner, [each]) for own, partner, each in pairs])
+    lam, box = mix[0]
+    if box is None:
+        return images * lam + partner_images * (1 - lam)
+    top, left, bottom, right = box
     mixed = images.clone()
     mixed[..., top:bottom, left:right] = partner_images[..., top:bottom, left:right]
     return mixed
@@ -281,8 +292,14 @@ def scale_mix(mix: Mix, size: int, to: int) -> Mix:
     return Mix(mix.lam, (top, left, bottom, right))
 
 
-def mix_targets(labels: Tensor, partner_labels: Tensor, lam: float, classes: int, smoothing: float) -> Tensor:
-    """Soft targets (B, K) float32: lam of the label, 1 - lam of the partner's, smoothed by smoothing / K."""
+def soft_labels(
+    labels: Tensor, partner_labels: Tensor, lam: np.ndarray, classes: int, smoothing: float
+) -> Tensor:
+    """Soft labels (B, K) float32: lam of the label, 1 - lam of the partner's, smoothed by smoothing / K.
+
+    lam (1,) or (B,) float64.
+    """
     off = smoothing / classes
     own, partner = (F.one_hot(l, classes).float() * (1 - smoothing) + off for l in (labels, partner_labels))
-    return own * lam + partner * (1 - lam)
+    ours, theirs = (torch.from_numpy(part).float().to(own.device)[:, None] for part in (lam, 1 - lam))
+    return own * ours + partner * theirs

@@ -1,14 +1,15 @@
-"""Which samples a step reads: pure functions of (seed, epoch, step, rank, world), no state.
+"""Which samples a step reads: pure functions of (seed, epoch, step, slice, slices), no state.
 
 Randomness is a counter-based hash instead of a generator, so that any draw can be had alone, in any order, on
 any rank and with any release of NumPy: resuming takes a position and nothing else, and any world size fits.
 """
 
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 
-ORDER_STREAM = 0  # augment.py numbers its own streams from 1
+ORDER_STREAM, PARTNER_STREAM = 0, 19  # augment.py has 1 to 18, and those + 100, + 200, ...
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -30,20 +31,70 @@ def order(seed: int, epoch: int, size: int) -> np.ndarray:
     return permutation
 
 
-def steps_per_epoch(size: int, batch: int) -> int:
+@functools.lru_cache(maxsize=2)
+def partners(seed: int, draw: int, size: int) -> np.ndarray:
+    """Whom each sample is mixed with in a draw: a permutation of range(size), int64, read-only.
+
+    It is one cycle through all samples, so that none is its own partner unless it is alone.
+    """
+    cycle = np.argsort(_bits(seed, draw, np.arange(size), PARTNER_STREAM), kind="stable")
+    partner = np.empty(size, np.int64)
+    partner[cycle] = np.roll(cycle, -1)
+    partner.flags.writeable = False
+    return partner
+
+
+@functools.lru_cache(maxsize=8)
+def bounds(size: int, batch: int, least: int = 1) -> np.ndarray:
+    """Where the global batches of an epoch begin and end in its order: int64 (steps + 1,), read-only.
+
+    The last batch has what is left; where that is fewer than `least` samples, it joins the batch before it, if
+    there is one. BatchNorm needs that: 2 samples in each slice and micro-batch, since one has no variance.
+    """
+    starts = np.arange(0, size, batch)
+    if len(starts) > 1 and size - starts[-1] < least:
+        starts = starts[:-1]
+    result = np.append(starts, size)
+    result.flags.writeable = False
+    return result
+
+
+def steps_per_epoch(size: int, batch: int, least: int = 1) -> int:
     """Global batches in one epoch; the last, short one is included."""
-    return -(-size // batch)
+    return len(bounds(size, batch, least)) - 1
 
 
-def global_batch(seed: int, epoch: int, step: int, size: int, batch: int, shuffle: bool = True) -> np.ndarray:
-    """Sample ids of step `step` within the epoch, int64, `batch` of them or fewer in the last step."""
-    stop = min(size, (step + 1) * batch)
-    return order(seed, epoch, size)[step * batch : stop] if shuffle else np.arange(step * batch, stop)
+def global_batch(
+    seed: int, epoch: int, step: int, size: int, batch: int, shuffle: bool = True, least: int = 1
+) -> np.ndarray:
+    """Sample ids of step `step` within the epoch, int64: `batch` of them, or what `bounds` says of the last step."""
+    start, stop = bounds(size, batch, least)[step : step + 2]
+    return order(seed, epoch, size)[start:stop] if shuffle else np.arange(start, stop)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a process carries of each global batch: the slices `own` of `parts`.
+
+    Without virtual ranks a process has one slice: Share(world, (rank,)).
+    """
+
+    parts: int = 1
+    own: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        if not self.own or len({*self.own}) < len(self.own) or not {*self.own} <= {*range(self.parts)}:
+            raise ValueError(f"{self.own} are no slices out of {self.parts}")
 
 
 def share(n: int, rank: int, world: int) -> np.ndarray:
     """Positions in a global batch of n samples that belong to a rank: rank, rank + world, ...; or none."""
     return np.arange(rank, n, world)
+
+
+def slices(n: int, parts: int) -> list[np.ndarray]:
+    """The positions of a global batch of n samples by slice: `share` of each virtual rank."""
+    return [share(n, part, parts) for part in range(parts)]
 
 
 def _bits(seed: int, epoch: int, ids: np.ndarray, stream: int) -> np.ndarray:

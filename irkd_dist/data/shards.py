@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
 
 import numpy as np
 
+from irkd_dist import runfolder
 from irkd_dist.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import and only decode() needs it
@@ -79,30 +80,12 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
     Raises UserError when it cannot be written, naming the free space; the temporary file is removed.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with runfolder.whole(path, path.with_name(path.name + ".tmp")) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _fsync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            reason = f"{error.strerror or error}{_free_space(path.parent)}"
-            raise UserError(f"cannot write {path}: {reason}") from error
-        raise
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        reason = f"{error.strerror or error}{_free_space(path.parent)}"
+        raise UserError(f"cannot write {path}: {reason}") from error
 
 
 def _free_space(folder: Path) -> str:

@@ -322,6 +322,11 @@ def tapped_forward(
     return output, [kept[path] for path in paths]
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether it normalises over the batch, which takes two samples at least."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters."""
     return sum(p.numel() for p in model.parameters())

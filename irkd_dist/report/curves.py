@@ -8,9 +8,11 @@ from matplotlib.figure import Figure
 
 from irkd_dist.report import figures, reading
 from irkd_dist.report.figures import HALF, NARROW, STYLES, WIDE, Drawing, Plan, Theme
-from irkd_dist.report.reading import Event, Run
+from irkd_dist.report.reading import Evaluation, Run
+from irkd_dist.runfolder import Event
 
 STACKED = 4.75  # height of figures of panels over steps, the same so that they stand side by side
+LEAST_POINTS = 10.0  # of accuracy in per cent that an axis spans
 TERMS = {"total": "total", "ce": "cross-entropy", "kd": "distillation", "saliency": "saliency"}
 
 
@@ -30,20 +32,25 @@ def accuracy(run: Run) -> Plan | None:
                 label = "teacher at that resolution"
                 axes.plot([start, end], [100 * level] * 2, ":", color=theme.cycle[2], lw=1.4, label=label)
         for own in run.epochs:
-            _plot_accuracies(axes, theme, "epoch", own, figures.mark(len(epochs)), held)
+            _plot_accuracies(run, axes, theme, "epoch", own, figures.mark(len(epochs)), held)
         if "test_accuracy" in summary:
             style = {"ms": 6, "mfc": theme.surface, "mec": theme.text, "mew": 1.3, "ls": "", "zorder": 5}
             x, y = best["epoch"], 100 * summary["test_accuracy"]
             axes.plot(x, y, "D", clip_on=False, label="test, best checkpoint", **style)
         axes.set(xlabel="epoch", ylabel="accuracy, %", xlim=(spans[0][0], spans[-1][1]))
         axes.xaxis.set_major_locator(figures.ticks(12, whole=True))
+        figures.widen(axes, LEAST_POINTS, 0, 100)
         figures.legend(figure, axes)
 
     shown = ", ".join(f"{r} px" for *_, r in spans)
-    last = f"{epochs[-1]['accuracy']:.1%} validation, {epochs[-1]['train_accuracy']:.1%} training"
+    last = f"{epochs[-1]['accuracy']:.1%} validation"
+    if (trained := epochs[-1]["train_accuracy"]) is not None:
+        last += f", {trained:.1%} training"
     caption = "Each band is a stage at one resolution. " if len(spans) > 1 else ""
     caption += "Training accuracy is measured while the weights change, on augmented images; validation "
     caption += "afterwards, on plain ones."
+    if count := reading.images(run, epochs[-1]["split"]):
+        caption += f" The shade is the 95 % interval of an accuracy counted over {count:,} images."
     alt = f"Training and validation accuracy over {len(epochs)} epochs at {shown}; at the end {last}."
     heights = {WIDE: 3.4, NARROW: 2.9}
     return Plan("Accuracy over epochs", alt, caption, (WIDE, NARROW), heights.__getitem__, draw)
@@ -63,7 +70,7 @@ def resolutions(run: Run) -> Plan | None:
         rows, columns = grid(figure.get_figwidth())
         every = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
         for k, (axes, own) in enumerate(zip(every, stages, strict=False)):
-            _plot_accuracies(axes, theme, "stage_epoch", own, figures.mark(len(own)), "validation")
+            _plot_accuracies(run, axes, theme, "stage_epoch", own, figures.mark(len(own)), "validation")
             axes.set_title(f"{own[0]['resolution']} px", loc="left", fontweight="bold")
             best = max(e["accuracy"] for e in own)
             axes.set_title(f"{100 * best:.1f}", loc="right", color=theme.cycle[0])
@@ -71,6 +78,7 @@ def resolutions(run: Run) -> Plan | None:
             axes.xaxis.set_major_locator(figures.ticks(4, whole=True))
             axes.set_ylabel("accuracy, %" if k % columns == 0 else "")
             axes.set_xlabel("epoch in stage" if k // columns == rows - 1 else "")
+        figures.widen(every[0], LEAST_POINTS, 0, 100)
         for axes in every[len(stages) :]:
             axes.set_axis_off()
         figures.legend(figure, every[0])
@@ -122,7 +130,8 @@ def teacher(run: Run) -> Plan | None:
     measured = run.last("teacher")
     if measured is None:
         return None
-    sizes, levels = measured["resolutions"], [100 * a for a in measured["accuracy"]]
+    pairs = list(zip(measured["resolutions"], measured["accuracy"], strict=False))
+    sizes, levels = [size for size, _ in pairs], [100 * a for _, a in pairs]
     reached = [[e["accuracy"] for e in run.of("evaluation", i)] for i in range(len(sizes))]
     bests = [100 * max(own, default=np.nan) for own in reached]
 
@@ -152,11 +161,9 @@ def teacher(run: Run) -> Plan | None:
     return Plan("Teacher by resolution", alt, caption, (HALF,), lambda _: 2.9, draw)
 
 
-def evaluation(run: Run) -> Plan | None:
+def evaluation(run: Run, measured: Evaluation) -> Plan | None:
     """What `irkd evaluate` measured, over resolution."""
-    if run.evaluation is None:
-        return None
-    rows, parts = run.evaluation.rows, []
+    rows, parts = measured.rows, []
     for i, label, factor in (
         (1, "accuracy, %", 100.0),
         (3, "map correlation", 1.0),
@@ -178,12 +185,13 @@ def evaluation(run: Run) -> Plan | None:
             axes.set_ylabel(label)
             axes.yaxis.set_major_locator(figures.ticks(4))
             axes.margins(y=0.2)
+            figures.widen(axes, *((LEAST_POINTS, 0, 100) if label.endswith("%") else (0.1, -1, 1)))
         every[-1].set_xticks([row[0] for row in rows])
         every[-1].set_xlabel("resolution, px")
         figure.align_ylabels(list(every))
 
     ends = (f"{label.removesuffix(', %')} {points[-1][1]:.3g}" for label, points in parts)
-    alt = f"Measured on the {run.evaluation.split} split over resolution; at the largest: {', '.join(ends)}."
+    alt = f"Measured on the {measured.split} split over resolution; at the largest: {', '.join(ends)}."
     caption = "Filled points are resolutions that the run was trained at."
     height = 0.9 + 1.15 * max(len(parts), 2)
     return Plan("Evaluation by resolution", alt, caption, (HALF,), lambda _: height, draw)
@@ -206,6 +214,7 @@ def comparison(found: list[Run], keys: list[tuple[int, int]]) -> dict[str, Plan]
                 axes.plot(x, y, drawn, color=theme.cycle[color], lw=1.6, ms=3.5)
             axes.set(xlabel=label, ylabel="accuracy, %")
             axes.set_xlim(left=0)
+            figures.widen(axes, LEAST_POINTS, 0, 100)
             axes.xaxis.set_major_locator(figures.ticks(10, whole=column == 0))
 
         ends = (f"{run.name} {line[-1][2]:.1f}%" for run, line in zip(found, lines, strict=True) if line)
@@ -219,13 +228,19 @@ def comparison(found: list[Run], keys: list[tuple[int, int]]) -> dict[str, Plan]
     }
 
 
-def _plot_accuracies(axes: Axes, theme: Theme, key: str, epochs: list[Event], mark: str, held: str) -> None:
+def _plot_accuracies(
+    run: Run, axes: Axes, theme: Theme, key: str, epochs: list[Event], mark: str, held: str
+) -> None:
     """Training and validation accuracy over `key`, `epoch` or `stage_epoch`."""
+    if count := reading.images(run, epochs[-1]["split"]):
+        ends = [reading.wilson(e["accuracy"], count) for e in epochs]
+        low, high = ([100 * v for v in side] for side in zip(*ends, strict=True))
+        axes.fill_between([e[key] for e in epochs], low, high, color=theme.cycle[0], alpha=0.15, lw=0)
     for name, color, style, width, label in (
         ("train_accuracy", 1, "--", 1.2, "training"),
         ("accuracy", 0, "-", 1.8, held),
     ):
-        y = [100 * e[name] for e in epochs]
+        y = [np.nan if e[name] is None else 100 * e[name] for e in epochs]
         line = {"color": theme.cycle[color], "lw": width, "ms": 3, "label": label}
         axes.plot([e[key] for e in epochs], y, style + mark, **line)
 
@@ -246,6 +261,8 @@ def _stacked(run: Run, rows: list[tuple[str, str, float]], zero: bool = False) -
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
             if zero:
                 axes.set_ylim(0, 1.2 * max([*y, 1e-12]))
+            elif y:
+                figures.widen(axes, 0.1 * abs(float(np.mean(y))))
         every[-1].set(xlabel="step", xlim=(0, steps[-1]["step"]))
         every[-1].xaxis.set_major_locator(figures.ticks(5, whole=True))
         figure.align_ylabels(list(every))
@@ -261,6 +278,7 @@ def _epoch_spans(run: Run) -> list[tuple[float, float, int]]:
 def _step_spans(run: Run) -> list[tuple[float, float, int]]:
     """Each stage's first and last step, and its resolution."""
     entered = {e["stage"]: e for e in reversed(run.of("stage"))}  # the first entry of each
-    starts = [(e["step"], e["resolution"]) for _, e in sorted(entered.items())]
+    sizes = [s.resolution for s in run.stages]
+    starts = [(e["step"], sizes[i]) for i, e in sorted(entered.items()) if i < len(sizes)]
     ends = [start for start, _ in starts[1:]] + [max(e["step"] for e in run.events)]
     return [(start, end, size) for (start, size), end in zip(starts, ends, strict=False)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from irkd_dist import runfolder
 from irkd_dist.errors import UserError
 
 WIDE, HALF, NARROW = 9.1, 4.3, 3.5  # widths of figures in inches of 100 CSS pixels: page, half page, phone
@@ -112,14 +113,40 @@ def ticks(most: int, whole: bool = False) -> MaxNLocator:
     return MaxNLocator(most, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1)
 
 
+def widen(axes: Axes, least: float, low: float = -np.inf, high: float = np.inf) -> None:
+    """Make the vertical range at least so wide, within `low` and `high`: noise must not fill a figure."""
+    bottom, top = axes.get_ylim()
+    if top - bottom < least:
+        middle = min(max((bottom + top) / 2, low + least / 2), high - least / 2)
+        axes.set_ylim(middle - least / 2, middle + least / 2)
+
+
+def drawable(text: str) -> bool:
+    """Whether the fonts at hand have a shape for every character; else a figure would show boxes."""
+    return all(any(ord(c) in have for have in _characters()) for c in text)
+
+
+@functools.cache
+def _characters() -> tuple[frozenset[int], ...]:
+    files = (font_manager.findfont(family) for family in _families())
+    return tuple(frozenset(font_manager.get_font(file).get_charmap()) for file in files)
+
+
+@functools.cache
+def _families() -> tuple[str, ...]:
+    installed = set(font_manager.get_font_names())
+    wanted = ["Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"]
+    wanted += ["Noto Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Noto Sans Arabic"]
+    return (*(f for f in wanted if f in installed),)
+
+
 def mark(points: int) -> str:
     """Markers while points are few: a single one would draw no line."""
     return "o" if points <= 25 else ""
 
 
 def _draw(plan: Plan, width: float, theme: Theme) -> Image.Image:
-    with matplotlib.rc_context(_style(theme)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # class names in any script
+    with matplotlib.rc_context(_style(theme)):
         layout = None if plan.photographs else "constrained"
         figure = Figure((width, plan.height(width)), dpi=DPI, layout=layout)
         canvas = FigureCanvasAgg(figure)
@@ -140,8 +167,8 @@ def _data_uri(image: Image.Image, plan: Plan, theme: Theme) -> str:
 
 def _save_png(image: Image.Image, file: Path, plan: Plan, theme: Theme) -> None:
     try:
-        file.parent.mkdir(exist_ok=True)
-        (image if plan.photographs else _few_colors(image, theme)).save(file)
+        with runfolder.whole(file) as out:
+            (image if plan.photographs else _few_colors(image, theme)).save(out, "png")
     except OSError as error:
         raise UserError(f"cannot write the figure {file}: {error}") from error
 
@@ -158,10 +185,8 @@ def _few_colors(image: Image.Image, theme: Theme) -> Image.Image:
 
 
 def _style(theme: Theme) -> Any:
-    installed = set(font_manager.get_font_names())
-    families = [f for f in ("Inter", "Helvetica Neue", "Arial", "Liberation Sans") if f in installed]
     return {
-        "font.family": [*families, "DejaVu Sans"],
+        "font.family": list(_families()),
         "font.size": 8,
         "axes.titlesize": 8.5,
         "axes.labelsize": 8,

@@ -7,15 +7,19 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from irkd_dist import runfolder
+from irkd_dist.report import figures
 from irkd_dist.report.figures import NARROW, WIDE, Plan, Theme
 from irkd_dist.report.reading import Run
 
 MOST_SAMPLES, MOST_SNAPSHOTS = 8, 12  # of a saliency figure
+LONGEST_LABEL = 22  # characters above a sample
 
 
 def saliency(run: Run) -> Plan | None:
     """Samples as blocks of columns (image, teacher, student); snapshots as rows, from the first stage to the last."""
-    shots = run.panels
+    shots = _of_the_same_images(run)
+    others = len(run.panels) - len(shots)
     if len(shots) > MOST_SNAPSHOTS:
         shots = list({stage: (stage, epoch, arrays) for stage, epoch, arrays in shots}.values())
     samples = min((len(arrays["images"]) for *_, arrays in shots), default=0)
@@ -24,7 +28,9 @@ def saliency(run: Run) -> Plan | None:
         return None
     has_teacher = all("teacher" in arrays for *_, arrays in shots)
     columns = ["image", "teacher", "student"] if has_teacher else ["image", "map"]
-    labels = [_class_name(run, int(y)) for y in shots[0][2]["labels"][:shown]]
+    classes = [int(y) for y in shots[-1][2]["labels"][:shown]]
+    names = [_class_name(run, y) for y in classes]
+    labels = [_label(name, y) for name, y in zip(names, classes, strict=True)]
     left, top, gap = 0.62, 0.46, 0.16
 
     def cell(width: float) -> tuple[int, float]:
@@ -67,8 +73,11 @@ def saliency(run: Run) -> Plan | None:
     )
     caption += "taps, each stretched to its own range, from dark (low) to yellow (high)."
     caption += f" The first {shown} of {samples} images." if samples > shown else ""
-    caption += " Only the end of each stage is shown." if len(shots) < len(run.panels) else ""
-    alt = f"Saliency maps ({', '.join(columns)}) of {', '.join(labels)} at {', '.join(map(str, sizes))} px."
+    caption += " Only the end of each stage is shown." if len(shots) + others < len(run.panels) else ""
+    caption += f" Left out: {others} of other images, as an earlier release chose them." if others else ""
+    other = {label: name for label, name in zip(labels, names, strict=True) if label != name}
+    caption += "".join(f" {label.capitalize()} is {name}." for label, name in other.items())
+    alt = f"Saliency maps ({', '.join(columns)}) of {', '.join(names)} at {', '.join(map(str, sizes))} px."
     return Plan("Saliency across resolutions and epochs", alt, caption, (WIDE, NARROW), height, draw, True)
 
 
@@ -82,6 +91,17 @@ def overlay(image: np.ndarray, values: np.ndarray, side: int = 96) -> np.ndarray
     return (255 * (0.68 * color + 0.32 * np.asarray(grey)[..., None] / 255)).round().astype(np.uint8)
 
 
+def _of_the_same_images(run: Run) -> list[tuple[int, int, dict[str, np.ndarray]]]:
+    """The panels of the images that the last one has: a column is one image, and has one name."""
+    last = run.panels[-1][2]["ids"].tolist() if run.panels else []
+    return [shot for shot in run.panels if shot[2]["ids"].tolist() == last]
+
+
+def _label(name: str, number: int) -> str:
+    """A class's name as a figure can show it: short, and in characters that its fonts have."""
+    return name if len(name) <= LONGEST_LABEL and figures.drawable(name) else f"class {number}"
+
+
 def _cells(arrays: dict[str, np.ndarray], n: int, has_teacher: bool) -> list[np.ndarray]:
     image = arrays["images"][n]
     maps = [arrays[name][n] for name in (["teacher"] * has_teacher + ["student"])]
@@ -89,4 +109,4 @@ def _cells(arrays: dict[str, np.ndarray], n: int, has_teacher: bool) -> list[np.
 
 
 def _class_name(run: Run, label: int) -> str:
-    return run.classes[label] if label < len(run.classes) else f"class {label}"
+    return runfolder.printable(run.classes[label]) if 0 <= label < len(run.classes) else f"class {label}"

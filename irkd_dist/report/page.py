@@ -9,16 +9,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, StrictUndefined
 
-from irkd_dist import __version__
+from irkd_dist import __version__, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
 from irkd_dist.report import curves, figures, maps, tables, words
 from irkd_dist.report.figures import DARK, LIGHT, STYLES
 from irkd_dist.report.reading import Run, read
 
-PAGE, FIGURES, TEMPLATE = "report.html", "figures", "report.html.j2"
+TEMPLATE = "report.html.j2"
 
 
 def write(folders: list[Path], out: Path | None = None) -> Path:
@@ -35,11 +36,11 @@ def write(folders: list[Path], out: Path | None = None) -> Path:
         raise UserError("no run to report: give at least one run folder, e.g. irkd report runs/student-seed0")
     found = [read(f) for f in unique]
     if len(found) == 1:
-        page = found[0].folder / PAGE if out is None else out
+        page = found[0].folder / runfolder.REPORT if out is None else out
         context = _run_page(found[0])
     else:
         parent = os.path.commonpath([r.folder.resolve().parent for r in found])
-        page = Path(parent) / PAGE if out is None else out
+        page = Path(parent) / runfolder.REPORT if out is None else out
         context = _comparison_page(_distinct_names(found))
     common = {
         "version": __version__,
@@ -52,7 +53,7 @@ def write(folders: list[Path], out: Path | None = None) -> Path:
 
 
 def _run_page(run: Run) -> dict[str, Any]:
-    folder = run.folder / FIGURES
+    folder = run.folder / runfolder.FIGURES
     plans = {
         "accuracy": curves.accuracy(run),
         "resolutions": curves.resolutions(run),
@@ -60,8 +61,12 @@ def _run_page(run: Run) -> dict[str, Any]:
         "pace": curves.pace(run),
         "teacher": curves.teacher(run),
         "saliency": maps.saliency(run),
-        "evaluation": curves.evaluation(run),
     }
+    measured = []
+    for n, found in enumerate(run.evaluations):
+        file = folder / ("evaluation.png" if n == 0 else f"evaluation-{n + 1}.png")
+        plan = curves.evaluation(run, found)
+        measured.append((figures.picture(file, plan), tables.evaluation(found)))
     return {
         "title": run.name,
         "run": {
@@ -70,8 +75,8 @@ def _run_page(run: Run) -> dict[str, Any]:
             "pictures": {n: figures.picture(folder / f"{n}.png", plan) for n, plan in plans.items()},
             "teacher": tables.teacher(run),
             "has_teacher": run.config.teacher is not None,
-            "evaluation": tables.evaluation(run),
-            "yaml": configuration.to_yaml(run.config),
+            "evaluations": measured,
+            "yaml": yaml.safe_dump(configuration.to_dict(run.config), sort_keys=False),
         },
     }
 
@@ -120,11 +125,8 @@ def _template() -> Any:
 
 
 def _write_text(page: Path, text: str) -> None:
-    part = page.with_name(page.name + ".part")
     try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, "utf-8")
-        part.replace(page)
+        runfolder.write(page, text)
     except OSError as error:
         raise UserError(f"cannot write the report {page}: {error}") from error
 

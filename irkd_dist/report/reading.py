@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
-from irkd_dist import checkpoint, runs
+from irkd_dist import checkpoint, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.config import Config, Stage
 from irkd_dist.data import shards
 from irkd_dist.errors import UserError
-from irkd_dist.evaluate import RESULT
+from irkd_dist.runfolder import Event
 from irkd_dist.training import panels
-from irkd_dist.training.tracking import EVENTS, read_events
-
-Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Run:
     classes: tuple[str, ...]  # empty if not at hand
     version: str | None  # of the package, as of the newest checkpoint
     panels: list[tuple[int, int, dict[str, np.ndarray]]]
-    evaluation: Evaluation | None
+    evaluations: list[Evaluation]
     notices: list[str]  # what a reader must know about the record itself
 
     @property
@@ -64,10 +60,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `irkd evaluate` measured: rows of (resolution, accuracy, map error, map correlation, pointing)."""
+    """A result of `irkd evaluate`: rows of (resolution, accuracy, map error, map correlation, pointing)."""
 
     split: str
+    checkpoint: str  # its folder's name; empty if not recorded
+    samples: int | None  # of the split
     rows: list[tuple[int, float | None, float | None, float | None, float | None]]
+    rates: dict[str, float]  # images/s of student and teacher alone, at the largest resolution
+    data: str = ""  # other shards than the run's own
 
 
 def read(folder: Path) -> Run:
@@ -78,23 +78,52 @@ def read(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no run folder: there is no such folder")
-    config, events = runs.load_config(folder), _each_epoch_once(read_events(folder))
-    notices = []
-    cut = sum(not _is_json(line) for line in (folder / EVENTS).read_text().splitlines())
-    if cut:
-        notices.append(
-            f"{cut} line{'s' * (cut > 1)} of {EVENTS} cut short, as when a run is killed, and left out here."
-        )
+    config = configuration.from_dict(runfolder.read_config(folder), str(folder / runfolder.CONFIG))
+    log = runfolder.read_log(folder)
+    events = _each_epoch_once(runfolder.settled(log.events))
+    notices = [f"{text}." for text in log.said()]
     state = _newest_state(folder)
-    try:
-        snapshots = panels.load(folder)
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
-        snapshots = []
-        notices.append(f"The saliency panels cannot be read: {error}")
-    evaluation, problem = _read_evaluation(folder / RESULT)
+    snapshots, problems = panels.load(folder)
+    notices += problems
+    evaluations = []
+    for file in runfolder.evaluation_files(folder):
+        try:
+            evaluations.append(_read_evaluation(file))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            notices.append(f"{file.name} is not what irkd evaluate writes and was left out: {error}")
     classes = tuple(state.get("classes", ())) or _classes_of_shards(config)
     name, version = folder.resolve().name, state.get("package_version")
-    return Run(folder, name, config, events, classes, version, snapshots, evaluation, [*notices, *problem])
+    return Run(folder, name, config, events, classes, version, snapshots, evaluations, notices)
+
+
+def images(run: Run, split: str) -> int | None:
+    """How many images a split has, where the run has written it down."""
+    counts = (run.last("start") or {}).get("images")
+    count = counts.get(split) if isinstance(counts, dict) else None
+    return count if runfolder.is_count(count) and count else None
+
+
+def ends(run: Run) -> dict[int, str]:
+    """Why each stage that ended did, in the words of the decision itself."""
+    at = {e["step"]: e["stage"] for e in run.of("evaluation")}
+    found = {e["stage"]: e["reason"] for e in run.of("transition")}
+    for event in run.of("decision"):
+        decision = event["decision"]
+        if decision.get("action") in ("advance", "finish") and event["step"] in at:
+            found[at[event["step"]]] = str(decision.get("reason", ""))
+    return found
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share that was counted over so many trials (Wilson 1927, no continuity correction)."""
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = (
+        z
+        / (1 + z * z / count)
+        * math.sqrt(max(share * (1 - share) / count + z * z / (4 * count * count), 0.0))
+    )
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def stage_seconds(run: Run) -> dict[int, float]:
@@ -121,6 +150,7 @@ def total_seconds(run: Run) -> float:
 
 def wait_share(steps: list[Event]) -> float | None:
     """Share of the time in training steps that was spent waiting for data."""
+    steps = [e for e in steps if e["images_per_s"] > 0]
     counts = np.diff([0, *(e["step"] for e in steps)]) if steps else np.zeros(0)
     if steps and len(steps) > 1:
         counts[0] = counts[1]  # the first line's start is not in the record
@@ -140,8 +170,8 @@ def _elapsed(events: list[Event]) -> list[float]:
 
 
 def _newest_state(folder: Path) -> dict[str, Any]:
-    kept = [*(folder / runs.BEST).glob("*step-*"), *(folder / runs.CHECKPOINTS).glob("step-*")]
-    for candidate in sorted(kept, key=lambda f: f.name.rpartition("step-")[2], reverse=True):
+    kept = [*runfolder.bests(folder), *runfolder.steps(folder / runfolder.CHECKPOINTS)]
+    for candidate in sorted(kept, key=runfolder.step_of, reverse=True):
         try:
             return checkpoint.load_state(candidate)
         except UserError:
@@ -156,29 +186,26 @@ def _classes_of_shards(config: Config) -> tuple[str, ...]:
         return ()
 
 
-def _read_evaluation(file: Path) -> tuple[Evaluation | None, list[str]]:
-    if not file.is_file():
-        return None, []
-    try:
-        values = json.loads(file.read_text())
-        parts = [values.get(key) or {} for key in ("accuracy", "agreement", "pointing")]
-        accuracy, agreement, pointing = ({int(k): v for k, v in part.items()} for part in parts)
-        rows = []
-        for size in sorted({*accuracy, *agreement, *pointing}):
-            maps = agreement.get(size) or {}
-            row = (accuracy.get(size), maps.get("mse"), maps.get("correlation"), pointing.get(size))
-            rows.append((size, *(None if v is None or v != v else float(v) for v in row)))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return None, [f"{file.name} is not what irkd evaluate writes and was left out: {error}"]
-    return Evaluation(str(values.get("split", "test")), rows) if rows else None, []
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line or "{}")
-    except ValueError:
-        return False
-    return True
+def _read_evaluation(file: Path) -> Evaluation:
+    values = runfolder.parse(runfolder.read_bytes(file))
+    parts = [values.get(key) or {} for key in ("accuracy", "agreement", "pointing")]
+    accuracy, agreement, pointing = ({int(k): v for k, v in part.items()} for part in parts)
+    rows = []
+    for size in sorted({*accuracy, *agreement, *pointing}):
+        maps = agreement.get(size) or {}
+        row = (accuracy.get(size), maps.get("mse"), maps.get("correlation"), pointing.get(size))
+        rows.append((size, *(None if v is None or v != v else float(v) for v in row)))
+    if not rows:
+        raise ValueError("it has no result")
+    samples = values.get("samples")
+    rates = (values.get("images_per_s") or {}).get(str(rows[-1][0]), {})
+    if not all(runfolder.is_number(v) for v in rates.values()):
+        raise ValueError("its images_per_s are no numbers")
+    return Evaluation(
+        str(values.get("split", "test")), Path(str(values.get("checkpoint", ""))).name,
+        samples if runfolder.is_count(samples) and samples else None, rows, rates,
+        str(values.get("shards", "")) if "-data-" in file.stem else "",
+    )  # fmt: skip
 
 
 def _each_epoch_once(events: list[Event]) -> list[Event]:

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from irkd_dist.report import reading, words
-from irkd_dist.report.reading import Run
+from irkd_dist.report.reading import Evaluation, Run
 
 Table = dict[str, Any]  # columns, rows of as many cells, and what the page marks in them
 
@@ -16,13 +16,16 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     summary, epochs, best = run.last("summary") or {}, run.of("evaluation"), run.best
     found = []
     if "test_accuracy" in summary:
-        remark = f"best checkpoint, {summary['resolution']} px; last {summary['test_accuracy_last']:.2%}"
+        remark = f"best checkpoint, {run.stages[-1].resolution} px; last {_percent(summary.get('test_accuracy_last'))}"
+        remark += _between(summary["test_accuracy"], reading.images(run, "test"), "; 95 %: ")
         found.append(("Test accuracy", f"{summary['test_accuracy']:.2%}", remark))
     if best:
         label = "Best validation" if best["split"] != "test" else "Best on test"
-        found.append((label, f"{best['accuracy']:.2%}", f"{best['resolution']} px, epoch {best['epoch']}"))
+        remark = f"{best['resolution']} px, epoch {best['epoch']}"
+        remark += _between(best["accuracy"], reading.images(run, best["split"]), "; 95 %: ")
+        found.append((label, f"{best['accuracy']:.2%}", remark))
     teacher = run.last("teacher")
-    if teacher:
+    if teacher and teacher["accuracy"]:
         remark = f"held out, {teacher['resolutions'][-1]} px"
         found.append(("Teacher", f"{teacher['accuracy'][-1]:.2%}", remark))
     if epochs:
@@ -36,7 +39,7 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
 
 def stages(run: Run) -> Table:
     """The summary by stage; stages not reached have empty cells."""
-    seconds, moved = reading.stage_seconds(run), {e["stage"]: e["reason"] for e in run.of("transition")}
+    seconds, decided = reading.stage_seconds(run), reading.ends(run)
     rows = []
     for i, stage in enumerate(run.stages):
         epochs, steps = run.of("evaluation", i), run.of("train", i)
@@ -44,13 +47,13 @@ def stages(run: Run) -> Table:
         values = {
             "stage": f"{stage.resolution} px",
             "epochs": f"{len(epochs)} / {stage.epochs}",
-            "train": f"{epochs[-1]['train_accuracy']:.2%}" if epochs else "",
+            "train": _percent(epochs[-1]["train_accuracy"]) if epochs else "",
             "best val": f"{max(e['accuracy'] for e in epochs):.2%}" if epochs else "",
             "last val": f"{epochs[-1]['accuracy']:.2%}" if epochs else "",
             "images/s": f"{statistics.median(e['images_per_s'] for e in steps):,.0f}" if steps else "",
             "data wait": "" if wait is None else f"{wait:.1%}",
             "time": _duration(seconds[i]) if i in seconds else "",
-            "ended": moved.get(i, "") or _end(run, i),
+            "ended": decided.get(i) or _end(run, i),
         }
         rows.append(values)
     return {"columns": list(rows[0]), "rows": [list(r.values()) for r in rows]}
@@ -61,9 +64,9 @@ def teacher(run: Run) -> Table | None:
     measured = run.last("teacher")
     if measured is None:
         return None
-    weights = {e["stage"]: (f"{e['alpha']:.3g}", f"{e['gamma']:.3g}") for e in run.of("stage")}
+    weights = {e["stage"]: (f"{e.get('alpha', 0):.3g}", f"{e.get('gamma', 0):.3g}") for e in run.of("stage")}
     rows = []
-    for i, size in enumerate(measured["resolutions"]):
+    for i, (size, _) in enumerate(zip(measured["resolutions"], measured["accuracy"], strict=False)):
         best = max((e["accuracy"] for e in run.of("evaluation", i)), default=None)
         level = measured["accuracy"][i]
         gap = "" if best is None else f"{100 * (best - level):+.2f}".replace("-", "\N{MINUS SIGN}")
@@ -72,11 +75,8 @@ def teacher(run: Run) -> Table | None:
     return {"columns": columns, "rows": rows}
 
 
-def evaluation(run: Run) -> Table | None:
+def evaluation(measured: Evaluation) -> Table:
     """What `irkd evaluate` measured at each resolution."""
-    measured = run.evaluation
-    if measured is None:
-        return None
     names = ["accuracy", "map error (MSE)", "map correlation", "pointing"]
     forms = ["{:.2%}", "{:.4f}", "{:.3f}", "{:.2%}"]
     kept = [i for i in range(4) if any(row[i + 1] is not None for row in measured.rows)]
@@ -84,7 +84,15 @@ def evaluation(run: Run) -> Table | None:
         [f"{row[0]} px", *("" if row[i + 1] is None else forms[i].format(row[i + 1]) for i in kept)]
         for row in measured.rows
     ]
-    return {"split": measured.split, "columns": ["resolution", *(names[i] for i in kept)], "rows": rows}
+    if measured.samples and 0 in kept:
+        names.insert(1, "95 %")
+        kept = [0, 1, *(i + 1 for i in kept[1:])]
+        for cells, row in zip(rows, measured.rows, strict=True):
+            cells.insert(2, "" if row[1] is None else _between(row[1], measured.samples))
+    title = f"{measured.split} split" + (f", {measured.checkpoint}" if measured.checkpoint else "")
+    title += f", {measured.samples:,} images" if measured.samples else ""
+    title += f", shards {measured.data}" if measured.data else ""
+    return {"title": title, "columns": ["resolution", *(names[i] for i in kept)], "rows": rows}
 
 
 def comparison(found: list[Run]) -> Table:
@@ -122,6 +130,18 @@ def _end(run: Run, stage: int) -> str:
         return "unfinished"
     planned = run.stages[stage].epochs
     return f"{len(epochs)} epochs done" if len(epochs) == planned else "no better validation accuracy"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"
+
+
+def _between(accuracy: float, count: int | None, before: str = "") -> str:
+    """The 95 % interval of an accuracy, if the number of images is known."""
+    if not count:
+        return ""
+    low, high = reading.wilson(accuracy, count)
+    return f"{before}{100 * low:.1f} to {100 * high:.1f}"
 
 
 def _duration(seconds: float) -> str:

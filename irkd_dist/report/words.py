@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Any
 
 from irkd_dist import config as configuration
+from irkd_dist import runfolder
 from irkd_dist.config import Config
 from irkd_dist.report.reading import Run
 
@@ -41,6 +43,10 @@ def notices(run: Run) -> list[str]:
         found.append("No epoch has been completed yet, so there are no accuracies.")
     elif len(epochs) == 1:
         found.append("There is only one epoch, so each curve is a single point.")
+    gone = [e for e in run.events if e["event"] == "best_lost"]
+    found += [
+        f"A best checkpoint was lost, and the run went on without it: {e.get('what', '')}" for e in gone
+    ]
     if any(e["split"] == "test" for e in epochs):
         found.append(
             "There is no validation split: stages were judged, and the best checkpoint chosen, by the test split."
@@ -64,18 +70,38 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("Augmentation", _augmentation(config)),
         ("Seed", str(config.seed)),
     ]
+    found += _sizes(run, first or {})
     if start:
-        world = start["world"]
-        found += [
-            ("Machine", f"{world} process{'es' * (world > 1)} on {start['device']}, {start['precision']}"),
-            ("Versions", f"irkd_dist {run.version or 'unknown'}, torch {start['torch']}"),
-        ]
+        world = start.get("world", 1)
+        processes = f"{world} process{'es' * (world > 1)} on {start.get('device', '?')}, {start.get('precision', '?')}"
+        version = f"irkd_dist {run.version or start.get('version', 'unknown')}"
+        version += f", commit {start['commit']}" if start.get("commit") else ""
+        found += [("Machine", processes), ("Versions", f"{version}, torch {start.get('torch', 'unknown')}")]
+        found += [("Command", start["command"])] if start.get("command") else []
     if first:
         resumed = sum(e["step"] < run.events[-1]["step"] for e in run.of("resume"))
         again = f", resumed {resumed} time{'s' * (resumed > 1)}" if resumed else ""
         began = datetime.fromtimestamp(first["time"], UTC)
         found.append(("Started", f"{began:%Y-%m-%d %H:%M} UTC{again}"))
     found += [("Note", note) for note in (start or {}).get("notes", [])]
+    return found
+
+
+def _sizes(run: Run, start: dict[str, Any]) -> list[tuple[str, str]]:
+    """Numbers of images and parameters, and how fast the networks are, as far as they were written down."""
+    found, counts = [], start.get("images")
+    if isinstance(counts, dict):
+        told = (f"{n:,} {split}" for split, n in counts.items() if runfolder.is_count(n))
+        found.append(("Images", ", ".join(told)))
+    own, teacher = start.get("parameters"), start.get("teacher_parameters")
+    if own:
+        text = f"{own / 1e6:.3g} M"
+        text += f"; the teacher's {teacher / 1e6:.3g} M, {teacher / own:.3g} times as many" if teacher else ""
+        found.append(("Parameters", text))
+    rates = next((e.rates for e in run.evaluations if e.rates), {})
+    if rates:
+        told = (f"{who} {rate:,.0f} images/s" for who, rate in rates.items())
+        found.append(("Inference", ", ".join(told) + ", the network alone"))
     return found
 
 
@@ -152,4 +178,5 @@ def _augmentation(config: Config) -> str:
     named = {"auto_augment": "AutoAugment", "erase": "erasing", "mixup": "MixUp", "cutmix": "CutMix"}
     parts += [f"{label} {getattr(spec, key):g}" for key, label in named.items() if getattr(spec, key)]
     parts += [f"label smoothing {spec.smoothing:g}"] if spec.smoothing else []
+    parts += [f"{spec.draws} draws of each image, again and again"] if spec.draws else []
     return ", ".join(parts) or "none"

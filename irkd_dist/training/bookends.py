@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from irkd_dist import runfolder
 from irkd_dist.distill.models import parameter_count
 from irkd_dist.distill.teacher import Teacher, competence
 from irkd_dist.training import build, distributed, metrics, restore
 from irkd_dist.training.build import Parts
 from irkd_dist.training.position import Position
 from irkd_dist.training.restore import Resumed
-from irkd_dist.training.tracking import Tracker, read_events, summary_table
+from irkd_dist.training.tracking import Tracker, provenance, summary_table
 
 
 def announce(parts: Parts, folder: Path, resumed: Resumed, tracker: Tracker) -> None:
@@ -33,8 +34,12 @@ def announce(parts: Parts, folder: Path, resumed: Resumed, tracker: Tracker) -> 
     tracker.event(
         "start" if fresh else "resume", step, world=engine.world, device=str(engine.device), precision=precision,
         threads=torch.get_num_threads(), parameters=count, torch=torch.__version__, skipped=resumed.skipped,
-        notes=parts.notes, position=asdict(resumed.position.curriculum),
+        notes=parts.notes, position=asdict(resumed.position.curriculum), images=parts.manifest.splits,
+        teacher_parameters=None if parts.teacher is None else parameter_count(parts.teacher.model), **provenance(),
     )  # fmt: skip
+    for text in resumed.lost:
+        tracker.event("best_lost", step, what=text)
+        tracker.say(f"a best checkpoint is lost, and the run goes on without it: {text}")
     if resumed.extended:
         tracker.event("extend", step, changed=resumed.extended)
         tracker.say(f"extended: {'; '.join(resumed.extended)}")
@@ -45,7 +50,7 @@ def summarize(parts: Parts, folder: Path, tracker: Tracker, position: Position) 
     engine, manifest, plan = parts.engine, parts.manifest, parts.plan
     told = (
         e
-        for e in reversed(read_events(folder))
+        for e in reversed(runfolder.read_events(folder))
         if e["event"] == "summary" and e.get("steps") == position.step
     )
     done = distributed.on_main(engine, lambda: next(told, None))
@@ -56,10 +61,10 @@ def summarize(parts: Parts, folder: Path, tracker: Tracker, position: Position) 
     elif "test" in manifest.splits:
         with build.evaluation_loader(parts.config, manifest, engine, "test", resolution) as loader:
             summary["test_accuracy_last"] = metrics.accuracy(engine, parts.student, loader, "the student")
-            assert position.curriculum.best_checkpoint is not None
-            restore.load_into(engine, folder / position.curriculum.best_checkpoint, moments=False)
+            if position.curriculum.best_checkpoint is not None:  # else it is lost, and the last stands for it
+                restore.load_into(engine, folder / position.curriculum.best_checkpoint, moments=False)
             summary["test_accuracy"] = metrics.accuracy(engine, parts.student, loader, "the student")
-    events = read_events(folder)
+    events = runfolder.read_events(folder)
     if done is None:
         summary["val_accuracy"] = position.curriculum.best_accuracy
         summary["seconds"] = round(_training_seconds(events), 1)
@@ -144,7 +149,7 @@ def probe_teacher(parts: Parts, folder: Path, tracker: Tracker, position: Positi
 
 def _recorded(folder: Path, facts: dict[str, Any]) -> list[float] | None:
     """What an earlier start of the run has measured, under the same circumstances."""
-    told = (e for e in read_events(folder) if e["event"] == "teacher" and e.get("facts") == facts)
+    told = (e for e in runfolder.read_events(folder) if e["event"] == "teacher" and e.get("facts") == facts)
     return next((e["accuracy"] for e in told), None)
 
 

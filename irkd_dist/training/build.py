@@ -11,18 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from irkd_dist import __version__, checkpoint, runs
+from irkd_dist import __version__, checkpoint, configured, networks, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.config import Config, Stage
-from irkd_dist.data import loader as loading
 from irkd_dist.data import shards
-from irkd_dist.data.loader import Loader
+from irkd_dist.data.decoded import Dataset, Work
+from irkd_dist.data.loader import EVALUATION_BATCH, Loader
+from irkd_dist.data.sampler import Share
+from irkd_dist.data.views import View
 from irkd_dist.distill import models
 from irkd_dist.distill.measure import TappedModel
 from irkd_dist.distill.module import Distiller, Objective
 from irkd_dist.distill.teacher import Teacher, freeze
 from irkd_dist.errors import UserError
-from irkd_dist.training import curriculum, engines, optim, preflight, restore
+from irkd_dist.training import curriculum, engines, optim, preflight, restore, virtual
 from irkd_dist.training.curriculum import StagePlan
 from irkd_dist.training.engines import Engine
 
@@ -61,16 +63,16 @@ def build(config: Config, engine: Engine) -> Parts:
     notes = preflight.notes(config, engine)
 
     torch.manual_seed(config.seed)
-    student, arguments, weight_notes = runs.create_student(config, len(manifest.classes))
+    student, arguments, weight_notes = configured.create_student(config, len(manifest.classes))
     notes += weight_notes
     patch = models.patch_size(student)
     if patch is not None:
         configuration.check_resolutions(config, patch, "student")
-    teacher, folders, taps = None, _no_folders(stages), _taps_alone(config, student)
+    teacher, folders, taps = None, _no_folders(stages), networks.taps_alone(config, student)
     if config.teacher is not None:
-        network = runs.load_teacher(config, manifest)
+        network = configured.load_teacher(config, manifest)
         notes += network.notes
-        pairs, tap_notes = _tap_pairs(config, student, network.model)
+        pairs, tap_notes = networks.tap_pairs(config, student, network.model)
         notes += tap_notes
         taps = [s.path for s, _ in pairs]
         teacher = _teacher(config, engine, network, manifest, [t.path for _, t in pairs])
@@ -117,13 +119,17 @@ def build(config: Config, engine: Engine) -> Parts:
 def loaders(parts: Parts, stage: StagePlan) -> tuple[Loader, Loader]:
     """The training loader of a stage and the one it is validated with (test split if there is no validation)."""
     config, engine, manifest = parts.config, parts.engine, parts.manifest
-    data = config.data
-    augment = loading.Augment(mode=manifest.mode, **asdict(config.augment))
+    data, count = config.data, config.data.virtual_ranks
+    carried = Share(engine.world, (engine.rank,))
+    if count is not None and virtual.exact(count, engine.world):
+        carried = Share(count, tuple(virtual.carried(count, engine.rank, engine.world)))
+    micro_batches = carried.parts * config.optim.accumulate
+    full = max(manifest.resolutions) if full_view(config) else None
     train = Loader(
-        Path(data.shards), manifest, "train", stage.resolution, batch=stage.batch, seed=config.seed,
-        rank=engine.rank, world=engine.world, augment=augment,
-        full_resolution=max(manifest.resolutions) if full_view(config) else None, cache=data.cache,
-        device=engine.device, workers=data.workers, verify="size", subset=data.subset,
+        Dataset(Path(data.shards), manifest, "train", data.subset, verify="size"),
+        View(stage.resolution, config.augment, full, manifest.mode),
+        batch=stage.batch, seed=config.seed, share=carried, work=_work(config, engine),
+        least=2 * micro_batches if models.has_batch_norm(parts.student) else 1,
     )  # fmt: skip
     return train, evaluation_loader(config, manifest, engine, held_out(manifest), stage.resolution)
 
@@ -132,13 +138,17 @@ def evaluation_loader(
     config: Config, manifest: shards.Manifest, engine: Engine, split: str, resolution: int, full: bool = False
 ) -> Loader:
     """A loader for measuring: in order, normalised only. `full`: at the teacher's full resolution."""
-    data = config.data
+    size = max(manifest.resolutions) if full else resolution
     return Loader(
-        Path(data.shards), manifest, split, max(manifest.resolutions) if full else resolution,
-        batch=max(data.batch, 256 * engine.world), seed=config.seed, rank=engine.rank, world=engine.world,
-        augment=None, cache=data.cache, device=engine.device, workers=data.workers, verify="size",
-        centre_crop=data.centre_crop,
+        Dataset(Path(config.data.shards), manifest, split, verify="size"),
+        View(size, centre_crop=config.data.centre_crop),
+        batch=EVALUATION_BATCH * engine.world, seed=config.seed, share=Share(engine.world, (engine.rank,)),
+        work=_work(config, engine),
     )  # fmt: skip
+
+
+def _work(config: Config, engine: Engine) -> Work:
+    return Work(config.data.cache, engine.device, config.data.workers)
 
 
 def full_view(config: Config) -> bool:
@@ -192,44 +202,8 @@ def _plan(config: Config, stages: list[Stage], teachers: list[Path | None]) -> c
     return curriculum.Plan(tuple(planned), config.optim.policy, start_from)
 
 
-def _tap_pairs(
-    config: Config, student: nn.Module, teacher: nn.Module
-) -> tuple[list[tuple[models.Tap, models.Tap]], list[str]]:
-    spec = config.loss.saliency
-    try:
-        pairs = models.tap_pairs(student, teacher, spec.taps, spec.method, spec.strict_paper)
-    except UserError:
-        if spec.gamma:
-            raise
-        return [], []  # taps serve the panels only
-    notes = []
-    kept = [pair for pair in pairs if spec.strict_paper or not (pair[0].void or pair[1].void)]
-    void = [f"{s.path} | {t.path}" for s, t in pairs if s.void or t.void]
-    if spec.gamma:
-        if void and not kept:
-            raise UserError(
-                f"saliency.taps: every tap is void ({', '.join(void)}): its map is zero; use last, or a lower block"
-            )
-        notes.append("taps (student | teacher): " + ", ".join(f"{s.path} | {t.path}" for s, t in kept))
-        if void:
-            what = "kept, as strict_paper asks" if spec.strict_paper else "left out of the average"
-            notes.append(
-                f"void taps, their map is zero or constant whatever the weights: {', '.join(void)}; {what}"
-            )
-    return kept, notes
-
-
-def _taps_alone(config: Config, student: nn.Module) -> list[str]:
-    spec = config.loss.saliency
-    try:
-        pairs = models.tap_pairs(student, student, spec.taps, spec.method)
-    except UserError:
-        return []
-    return [s.path for s, _ in pairs if not s.void]
-
-
 def _teacher(
-    config: Config, engine: Engine, network: runs.Network, manifest: shards.Manifest, paths: list[str]
+    config: Config, engine: Engine, network: networks.Network, manifest: shards.Manifest, paths: list[str]
 ) -> Teacher:
     saliency = config.loss.saliency
     renormalize = None
@@ -255,12 +229,12 @@ def _teacher_folders(config: Config, stages: list[Stage], final: Path, notes: li
     if spec.run is None:
         folders = _no_folders(stages)
     elif spec.schedule == "aligned":
-        folders = [*_aligned(runs.run_of(Path(spec.run)), len(stages))]
+        folders = [*_aligned(runfolder.run_of(Path(spec.run)), len(stages))]
     else:
         folders = [final] * len(stages)
     for i, stage in enumerate(stages):
         if stage.teacher is not None:
-            folders[i] = runs.checkpoint_of(Path(stage.teacher))
+            folders[i] = checkpoint.find(Path(stage.teacher))[0]
     if len(set(folders)) > 1:
         named = (f"{s.resolution} px: {f}" for s, f in zip(stages, folders, strict=True))
         notes.append("teacher checkpoints by stage: " + ", ".join(named))
@@ -272,7 +246,7 @@ def _no_folders(stages: list[Stage]) -> list[Path | None]:
 
 
 def _aligned(run: Path, count: int) -> list[Path]:
-    found = {int(f.name.removeprefix("step-")): f for f in (run / runs.CHECKPOINTS).glob("step-*")}
+    found = {runfolder.step_of(f): f for f in runfolder.steps(run / runfolder.CHECKPOINTS)}
     if len(found) < count:
         raise UserError(
             f"teacher.schedule=aligned: {run} keeps {len(found)} checkpoints, {count} stages need as many; train the "

@@ -19,7 +19,7 @@ TERMS = ("total", "ce", "kd", "saliency", "correct", "flat", "samples", "steps",
 def row(taken: Taken, wait_s: float) -> Tensor:
     """A step's terms, summed over its micro-batches, in the order of TERMS; skipped: zeros but for the wait."""
     one = torch.ones_like(taken.skipped)
-    values: dict[str, Tensor] = {"samples": taken.samples, "steps": one}
+    values: dict[str, Tensor] = {"samples": one * taken.samples, "steps": one}
     for part in taken.terms:
         for key, value in part.items():
             values[key] = values.get(key, torch.zeros_like(one)) + value.detach()

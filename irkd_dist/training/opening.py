@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from irkd_dist import checkpoint, runs
+from irkd_dist import checkpoint, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.data.loader import Batch
@@ -19,7 +19,7 @@ from irkd_dist.training import bookends, build, distributed, engines, guard, met
 from irkd_dist.training.build import Parts
 from irkd_dist.training.position import Position
 from irkd_dist.training.step import Taken
-from irkd_dist.training.tracking import SampleLog, Tracker, read_decisions
+from irkd_dist.training.tracking import SampleLog, Tracker
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Run:
     @property
     def newest(self) -> Path:
         """The checkpoint of this position."""
-        return self.folder / runs.CHECKPOINTS / checkpoint.name(self.position.step)
+        return self.folder / runfolder.CHECKPOINTS / checkpoint.name(self.position.step)
 
     def send(self, step: int, taken: Taken) -> list[guard.Flags]:
         """Tell the other processes how a step went and what is wished here; returns what they said of the step before.
@@ -56,10 +56,10 @@ class Run:
         stop, save = self.requests.received is not None, overdue and self.parts.engine.main
         return self.exchange.send(step, stop, save, taken.skipped, taken.mine)
 
-    def remember(self, step: int, batch: Batch) -> None:
+    def remember(self, step: int, batches: list[Batch]) -> None:
         """Keep the samples of a step, if they are asked for, until it is known whether it was taken."""
         if self.parts.config.track.samples:  # not else: it waits for the device
-            self.seen[step] = batch.ids[(batch.weight > 0).cpu().numpy()].tolist()
+            self.seen[step] = [i for b in batches for i in b.ids[(b.weight > 0).cpu().numpy()].tolist()]
 
     def log(self, means: dict[str, float], images: int, seconds: float, lr: float, update: Any) -> None:
         """Write down the steps since the last line."""
@@ -76,12 +76,12 @@ class Run:
 @contextmanager
 def opened(config: Config, owns_process: bool, extend: bool) -> Iterator[Run]:
     """Join the processes, build or resume the run, and leave status and folder as they must be at its end."""
-    folder, reached = runs.folder_of(config), 0
+    folder, reached = configuration.folder_of(config), 0
     try:
         engine = engines.setup(config)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" and folder.is_dir() and not isinstance(error, Passing):
-            runs.write_status(folder, "failed", 0, int(os.environ.get("WORLD_SIZE", "1")), str(error))
+            runfolder.write_status(folder, "failed", 0, int(os.environ.get("WORLD_SIZE", "1")), str(error))
         raise
     try:
         started = distributed.broadcast(engine, time.time())
@@ -97,7 +97,7 @@ def opened(config: Config, owns_process: bool, extend: bool) -> Iterator[Run]:
             with _folder_opened(parts, folder, resumed, requests, watch, started) as run:
                 yield run
                 if engine.main:
-                    runs.write_status(folder, "finished", run.position.step, engine.world)
+                    runfolder.write_status(folder, "finished", run.position.step, engine.world)
         distributed.barrier(engine)  # without torchrun rank 0 keeps the store: it leaves last
     except Stopped:
         distributed.barrier(engine)
@@ -106,7 +106,7 @@ def opened(config: Config, owns_process: bool, extend: bool) -> Iterator[Run]:
         error.said = not distributed.first_to_say(engine, str(error))
         # else the folder is another's, or the run goes on
         if not isinstance(error, (Superseded, Passing)) and engine.main and folder.is_dir():
-            runs.write_status(folder, "failed", reached, engine.world, str(error))
+            runfolder.write_status(folder, "failed", reached, engine.world, str(error))
         raise
     finally:
         engine.finish()
@@ -120,18 +120,20 @@ def _folder_opened(
     config, engine, position = parts.config, parts.engine, resumed.position
     if engine.main:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / runs.CONFIG).write_text(configuration.to_yaml(config))
-            (folder / runs.SESSION).write_text(str(started))
-            runs.write_status(folder, "running", position.step, engine.world)
+            runfolder.write(folder / runfolder.CONFIG, configuration.to_yaml(config))
+            runfolder.write(folder / runfolder.SESSION, str(started))
+            runfolder.write_status(folder, "running", position.step, engine.world)
         except OSError as error:
             raise UserError(f"cannot write run folder {folder}: {error}") from error
     distributed.barrier(engine)
     assert config.name is not None
     track, tree = config.track, configuration.to_dict(config)
     tracker = Tracker(folder, engine.main, track.backend, track.mode, track.project, config.name, tree)
-    decisions = read_decisions(folder, build.config_digest(config)) if engine.main else {}
-    with SampleLog(folder / runs.SAMPLES, engine.rank, started, position.step, track.samples) as samples:
+    decisions = runfolder.read_decisions(folder, build.config_digest(config)) if engine.main else {}
+    # one that counts on a best which is gone is taken anew
+    gone = {text.partition(": ")[0] for text in resumed.lost}
+    decisions = {at: d for at, d in decisions.items() if d["state"].get("best_checkpoint") not in gone}
+    with SampleLog(folder, engine.rank, started, position.step, track.samples) as samples:
         exchange = guard.Exchange(engine)
         run = Run(
             parts, folder, position, tracker, samples, requests, watch, exchange, decisions, str(started)

@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
+import io
+import zlib
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from irkd_dist import runfolder
 from irkd_dist.data.loader import Loader
 from irkd_dist.distill import saliency
 from irkd_dist.training import build
 from irkd_dist.training.build import Parts
 
-FOLDER = "panels"
 
+def save(
+    parts: Parts, run: Path, loader: Loader, stage: int, epoch: int, resolution: int
+) -> np.ndarray | None:
+    """Write `panels/stage-SS-epoch-EEE.npz` for a few images of a loader, see `choose`.
 
-def save(parts: Parts, run: Path, loader: Loader, stage: int, epoch: int, resolution: int) -> None:
-    """Write `panels/stage-SS-epoch-EEE.npz` for the first images of a loader.
-
-    It holds images (P, r, r, 3) uint8, labels (P,), keys (P,), and maps averaged over the taps, each min-max
+    It holds images (P, r, r, 3) uint8, labels (P,), ids (P,), and maps averaged over the taps, each min-max
     normalised: student (P, h, w), and teacher (P, h', w') where there is one. Every process must call it, for sharded
-    parameters; rank 0 writes. Left out where the engine cannot differentiate the student (zero3).
+    parameters, and computes the same; rank 0 writes. Left out where the engine cannot differentiate the student
+    (zero3).
+
+    Returns:
+        `picture` of them on rank 0, None elsewhere and where there are none.
     """
     config, engine, manifest = parts.config, parts.engine, parts.manifest
-    count = config.track.panels
-    method = config.loss.saliency.method
+    count, method = config.track.panels, config.loss.saliency.method
     if not count or not parts.taps or (engine.no_inner_gradient and method != "attention"):
-        return
-    batch = next(iter(loader.batches(0)))
-    images, labels = batch.images[:count], batch.labels[:count]
+        return None
+    rows = choose(loader.labels, count)
+    images, labels = loader.pick(rows)
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (manifest.mean, manifest.std))
     pixels = ((images * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
     arrays = {
         "images": pixels.cpu().numpy(),
         "labels": labels.cpu().numpy(),
-        "ids": batch.ids[:count],
+        "ids": loader.ids[rows],
         "resolution": np.array(resolution),
         "student": average(parts.tapped.maps(images, labels)),
     }
@@ -44,31 +51,70 @@ def save(parts: Parts, run: Path, loader: Loader, stage: int, epoch: int, resolu
         if build.full_view(config):
             split = build.held_out(manifest)
             with build.evaluation_loader(config, manifest, engine, split, resolution, full=True) as whole:
-                view = next(iter(whole.batches(0))).images[:count]
+                view, _ = whole.pick(rows)
         maps = parts.teacher(view, labels, aligned=len(view), logits=False).maps
         arrays["teacher"] = average(maps or [])
     if not engine.main:
-        return
-    folder = run / FOLDER
-    folder.mkdir(exist_ok=True)
-    file = folder / f"stage-{stage:02d}-epoch-{epoch:03d}.npz"
-    temporary = folder / f".{file.name}"
-    np.savez_compressed(temporary, allow_pickle=False, **arrays)
-    temporary.rename(file)
+        return None
+    with runfolder.whole(runfolder.panel_file(run, stage, epoch)) as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    return picture(arrays)
 
 
-def load(run: Path) -> list[tuple[int, int, dict[str, np.ndarray]]]:
-    """The panels of a run as (stage, epoch, arrays), in order."""
-    result = []
-    for file in sorted((run / FOLDER).glob("stage-*-epoch-*.npz")):
-        _, stage, _, epoch = file.stem.split("-")
-        with np.load(file) as arrays:
-            result.append((int(stage), int(epoch), dict(arrays)))
-    return result
+def choose(labels: np.ndarray, count: int) -> np.ndarray:
+    """Rows of the images to show: the first of each class, then the second of each, until there are `count`."""
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+    turn = np.arange(len(labels)) - np.searchsorted(ordered, ordered)  # within its class
+    return order[np.lexsort((ordered, turn))][:count]
+
+
+def picture(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Image, the teacher's map and the student's, a row for each sample: (P s, 2 s or 3 s, 3) uint8."""
+    side, columns = arrays["images"].shape[1], [arrays["images"]]
+    for name in ("teacher", "student"):
+        if name in arrays:
+            maps = torch.from_numpy(arrays[name])[:, None].float()
+            large = torch.nn.functional.interpolate(maps, size=side, mode="nearest")
+            columns.append((255 * large.clamp(0, 1)).byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
+    return np.concatenate(np.concatenate(columns, axis=2), axis=0)
+
+
+def load(run: Path) -> tuple[list[tuple[int, int, dict[str, np.ndarray]]], list[str]]:
+    """The panels of a run as (stage, epoch, arrays), in order, and what is wrong with those that were left out."""
+    result, problems = [], []
+    for stage, epoch, file in runfolder.panel_files(run):
+        try:
+            with np.load(io.BytesIO(runfolder.read_bytes(file)), allow_pickle=False) as stored:
+                arrays = dict(stored)
+            _check(arrays)
+            result.append((stage, epoch, arrays))
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+            problems.append(f"The saliency panels cannot be read: {file.name}: {error}")
+    return result, problems
+
+
+def _check(arrays: dict[str, np.ndarray]) -> None:
+    """Refuse arrays of other shapes and types than `save` writes."""
+    images, resolution = arrays["images"], arrays["resolution"]
+    count = len(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+        raise ValueError("its images are none")
+    if resolution.shape or not all(arrays[k].shape == (count,) for k in ("labels", "ids")):
+        raise ValueError("its labels are not those of its images")
+    for name in ("labels", "ids", "resolution"):
+        if not np.issubdtype(arrays[name].dtype, np.integer):
+            raise ValueError(f"its {name} are no whole numbers")
+    for maps in (arrays[k] for k in ("student", "teacher") if k in arrays):
+        if maps.ndim != 3 or len(maps) != count or not maps.size or not np.isfinite(maps).all():
+            raise ValueError("its maps are not those of its images")
 
 
 def average(maps: list[Tensor]) -> np.ndarray:
-    """Average normalised maps (P, N) over the taps, as square grids (P, h, w) of fp32."""
-    mean = torch.stack([saliency.normalize_map(m, "minmax")[0] for m in maps]).mean(0)
-    side = saliency.grid_side(mean.shape[1])
+    """Average normalised maps (P, N) over the taps, as square grids (P, h, w) of fp32; a coarser tap is enlarged."""
+    finest = max(m.shape[1] for m in maps)
+    mean = torch.stack(
+        [saliency.resize_map(saliency.normalize_map(m, "minmax")[0], finest) for m in maps]
+    ).mean(0)
+    side = saliency.grid_side(finest)
     return mean.reshape(-1, side, side).cpu().numpy()

@@ -32,7 +32,7 @@ def _skip(run: Run, flag: Flags, lr: float, epoch_steps: int) -> bool:
     config, engine = run.parts.config, run.parts.engine
     told = distributed.gather(engine, distributed.name(engine) if flag.mine else None)
     ranks = [name for name in told if name]
-    what = f"the loss of {', '.join(ranks)}" if ranks else "the gradient (every loss was)"
+    what = f"the loss of {', '.join(ranks)}" if ranks else "the gradient, not a loss,"
     skipped = (*run.position.skipped, flag.step)
     run.position = replace(run.position, skipped=skipped)
     run.tracker.event("skip", flag.step, ranks=ranks, lr=lr, in_a_row=len(skipped))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-STATUS, RESTARTS, OWNER = "status.json", "restarts.json", "owner"
+from irkd_dist import runfolder
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ def decide(run: Path, limit: int, count: bool = True, owner: str | None = None) 
     """
     if owner is not None and (present := owned_by(run)) != owner:
         return Verdict("failed", f"{present or 'nobody'} has the run folder now, this is {owner}")
-    status = _read(run / STATUS)
+    status, damage = runfolder.read_status(run)
     state, step = status.get("state"), _newest_step(run)
     if state == "finished":
         return Verdict("finished", f"step {status.get('step')}")
@@ -39,60 +38,47 @@ def decide(run: Path, limit: int, count: bool = True, owner: str | None = None) 
     what = {"stopped": "stopped on request", "running": "crashed or was killed"}.get(
         str(state), "ended before training began"
     )
+    what = damage or what  # then nothing is known of how it ended
     what += f", newest checkpoint {f'at step {step}' if step is not None else 'none'}"
     if not count:
         return Verdict("requeue", what)
 
-    before = _read(run / RESTARTS)
-    vain = before.get("without_progress", 0) + 1 if before.get("step", None) == step else 0
+    before, damage = runfolder.read_restarts(run)
+    what += f"; {damage}, so the count begins anew" if damage else ""
+    vain = before.get("without_progress", 0) + 1 if before.get("step") == step else 0
     if vain > limit:
         what += f"; gave up after {limit} restarts without a new checkpoint"
-        _write(run / STATUS, {**status, "state": "failed", "reason": what})
-        _write(run / RESTARTS, {**before, "without_progress": 0})  # who submits it again means to try anew
+        _write(run / runfolder.STATUS, {**status, "state": "failed", "reason": what})
+        _write(
+            run / runfolder.RESTARTS, {**before, "without_progress": 0}
+        )  # who submits it again means to try anew
         return Verdict("failed", what)
     after = {"restarts": before.get("restarts", 0) + 1, "without_progress": vain, "step": step}
-    _write(run / RESTARTS, after)
+    _write(run / runfolder.RESTARTS, after)
     return Verdict("requeue", f"{what}; restart {after['restarts']}, {vain} of {limit} without progress")
 
 
 def own(run: Path, owner: str) -> None:
     """Say which attempt of which job has the run folder from now on, and forget how the one before ended."""
-    run.mkdir(parents=True, exist_ok=True)
-    (run / OWNER).write_text(owner + "\n")
-    (run / STATUS).unlink(missing_ok=True)
+    runfolder.write(run / runfolder.OWNER, owner + "\n")
+    (run / runfolder.STATUS).unlink(missing_ok=True)
 
 
 def owned_by(run: Path) -> str:
     """The attempt that began last, as `own` was told; empty where there is none."""
-    try:
-        return (run / OWNER).read_text().strip()
-    except OSError:
-        return ""
+    return runfolder.read_word(run / runfolder.OWNER)
 
 
 def state(run: Path) -> str:
     """What `status.json` says: running, stopped, finished, failed; empty where there is none."""
-    return str(_read(run / STATUS).get("state", ""))
+    return runfolder.read_status(run)[0].get("state", "")
 
 
 def _newest_step(run: Path) -> int | None:
-    """The step of the newest checkpoint; they appear under their names only when they are whole."""
-    steps = [
-        int(folder.name[5:]) for folder in (run / "checkpoints").glob("step-*") if folder.name[5:].isdigit()
-    ]
-    return max(steps, default=None)
+    """The step of the newest checkpoint."""
+    found = runfolder.steps(run / runfolder.CHECKPOINTS)
+    return runfolder.step_of(found[0]) if found else None
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text())
-    except (OSError, ValueError):  # missing, or cut off by what ended the job
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _write(file: Path, value: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value) + "\n")
-    temporary.rename(file)
+def _write(file: Path, value: dict[str, object]) -> None:
+    runfolder.write(file, json.dumps(value) + "\n")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from irkd_dist import checkpoint, runs
+from irkd_dist import checkpoint, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.distill import models
@@ -33,6 +33,7 @@ class Resumed:
     position: Position
     skipped: list[str]  # why newer checkpoints were not taken
     extended: list[str]  # keys that --extend has changed
+    lost: list[str]  # best checkpoints that are gone or damaged, as `name: why`
 
 
 def newest(
@@ -46,9 +47,8 @@ def newest(
 
     def look() -> tuple[str | None, list[str], dict[str, Any]]:
         nonlocal found
-        folder, skipped = checkpoint.newest(run / runs.CHECKPOINTS, up_to)
-        if folder is not None:
-            found = checkpoint.Content(*checkpoint.load(folder))
+        folder, content, skipped = checkpoint.read_newest(run / runfolder.CHECKPOINTS, up_to)
+        found = content or NO_RUN
         return folder.name if folder else None, skipped, found.state
 
     name, skipped, state = distributed.on_main(engine, look)
@@ -63,7 +63,7 @@ def resume(parts: Parts, content: checkpoint.Content, skipped: list[str], extend
     """
     state = content.state
     if not state:
-        return Resumed(Position(), skipped, [])
+        return Resumed(Position(), skipped, [], [])
     known, own = _known_keys(state["config"]), parts.identity["config"]
     changed = configuration.semantic_difference(known, own)
     extended = [c for c in changed if extend and c.startswith(EXTENDS)]
@@ -75,13 +75,25 @@ def resume(parts: Parts, content: checkpoint.Content, skipped: list[str], extend
             changed.append(f"{name}: its content is not what the run was started with")
     if changed:
         raise UserError(
-            f"{runs.folder_of(parts.config)} was started with another configuration: {'; '.join(changed)}. Give the "
-            "run another name (name=...), or restore these"
+            f"{configuration.folder_of(parts.config)} was started with another configuration: {'; '.join(changed)}. "
+            "Give the run another name (name=...), or restore these"
             + ("" if extend else "; --extend allows more epochs and stages")
         )
     load(parts.engine, content)
-    position = place(parts.engine, state)
-    return Resumed(_extended(position, parts) if extended else position, skipped, extended)
+    folder = configuration.folder_of(parts.config)
+    lost = distributed.on_main(parts.engine, lambda: checkpoint.missing_bests(folder, state))
+    position = without(place(parts.engine, state), lost)
+    return Resumed(_extended(position, parts) if extended else position, skipped, extended, lost)
+
+
+def without(position: Position, lost: list[str]) -> Position:
+    """The position of a run whose best checkpoints `lost` are gone: the next epoch is the best of its stage again."""
+    names = {text.partition(": ")[0] for text in lost}
+    bests = tuple(b for b in position.stage_bests if b not in names)
+    state = position.curriculum
+    if state.best_checkpoint in names:
+        state = replace(state, best_checkpoint=None, best_accuracy=-1.0)
+    return replace(position, stage_bests=bests, curriculum=state)
 
 
 def place(engine: Engine, state: dict[str, Any]) -> Position:
@@ -114,7 +126,7 @@ def load_into(engine: Engine, folder: Path, moments: bool = True) -> dict[str, A
 
     def read() -> dict[str, Any]:
         nonlocal content
-        content = checkpoint.Content(*checkpoint.load(folder))
+        content = checkpoint.read(folder)
         models.check_weights(engine.shapes, content.student, str(folder))
         return content.state
 
@@ -199,6 +211,6 @@ def _extended(position: Position, parts: Parts) -> Position:
     if done.epoch < parts.plan.stages[done.stage].epochs or position.epoch_step:
         return position
     if parts.plan.start_from == "best" and done.best_checkpoint:
-        load_into(parts.engine, runs.folder_of(parts.config) / done.best_checkpoint)
+        load_into(parts.engine, configuration.folder_of(parts.config) / done.best_checkpoint)
     state = curriculum.State(stage=done.stage + 1)
     return replace(position.next_stage(done.best_checkpoint), curriculum=state)

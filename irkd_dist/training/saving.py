@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from irkd_dist import checkpoint, runs
+from irkd_dist import checkpoint, runfolder
 from irkd_dist.config import Checkpoint
 from irkd_dist.errors import Stopped, Superseded, UserError
 from irkd_dist.training import curriculum, distributed, restore
@@ -62,7 +62,7 @@ def save(
             "snapshot", position.step, name=name, seconds=round(taken, 4), blocked_s=round(blocked, 4)
         )
         run.tracker.written(run.writer)
-        runs.write_status(run.folder, "running", position.step, engine.world)
+        runfolder.write_status(run.folder, "running", position.step, engine.world)
     run.saved = time.perf_counter()
 
 
@@ -78,8 +78,8 @@ def settle(run: Run, needed: Path) -> None:
         run.tracker.written(run.writer)
         if not (needed / checkpoint.STATE).is_file():
             problem = (
-                f"{needed} could not be written (see checkpoint_failed in events.jsonl): free space there, and give "
-                "the same command again"
+                f"{needed} could not be written (see checkpoint_failed in {runfolder.EVENTS}): free space there, and "
+                "give the same command again"
             )
     problem = distributed.broadcast(run.parts.engine, problem)
     if problem:
@@ -95,14 +95,14 @@ def stop(run: Run) -> NoReturn:
     reason = ", ".join(t for t in told if t)
     run.tracker.event("stop", step, reason=reason)
     if engine.main:
-        runs.write_status(run.folder, "stopped", step, engine.world, reason)
+        runfolder.write_status(run.folder, "stopped", step, engine.world, reason)
     run.tracker.say(f"stopped at step {step} ({reason}); the same command goes on from here")
     raise Stopped(reason)
 
 
 def _still_ours(run: Run) -> None:
-    file = run.folder / runs.SESSION
-    owner = file.read_text() if run.parts.engine.main and file.exists() else run.session
+    owner = runfolder.read_word(run.folder / runfolder.SESSION) if run.parts.engine.main else ""
+    owner = owner or run.session
     if distributed.broadcast(run.parts.engine, owner) != run.session:
         raise Superseded(
             f"{run.folder} was taken over by another start of the same run ({owner} s since 1970; this one began at "
@@ -112,21 +112,21 @@ def _still_ours(run: Run) -> None:
 
 def _retain(spec: Checkpoint, run: Path, position: Position) -> None:
     """Delete what is no longer needed: the newest `keep`, milestones and the bests they refer to stay."""
-    folder = run / runs.CHECKPOINTS
+    folder = run / runfolder.CHECKPOINTS
     name = checkpoint.name(position.step)
     always = _milestones(folder, position, spec.keep_epochs)
     if position.skipped:  # a roll-back would go to the last one from before these steps
-        before = [f.name for f in folder.glob("step-*") if f.name <= checkpoint.name(position.skipped[0])]
-        always |= {max(before)} if before else set()
+        before = [f for f in runfolder.steps(folder) if runfolder.step_of(f) <= position.skipped[0]]
+        always |= {f.name for f in before[:1]}
     checkpoint.prune(folder, name, spec.keep, always)
     bests = {Path(b).name for b in [*position.stage_bests, position.curriculum.best_checkpoint] if b}
-    checkpoint.prune_all_but(run / runs.BEST, bests | _bests_of(folder, spec.keep))
+    checkpoint.prune_all_but(run / runfolder.BEST, bests | _bests_of(folder, spec.keep))
 
 
 def _bests_of(folder: Path, newest: int) -> set[str]:
     """Names of the best checkpoints that the newest ones count on: a resume may have to fall back to any of them."""
     names = set()
-    for kept in sorted(folder.glob("step-*"), reverse=True)[:newest]:
+    for kept in runfolder.steps(folder)[:newest]:
         try:
             best = checkpoint.load_state(kept)["curriculum"]["best_checkpoint"]
         except (UserError, KeyError):
@@ -137,9 +137,9 @@ def _bests_of(folder: Path, newest: int) -> set[str]:
 
 def _milestones(folder: Path, position: Position, every: int | None) -> set[str]:
     """Names of checkpoints kept for good: the ends of every n-th epoch."""
-    record = folder / "milestones.txt"
-    names = set(record.read_text().split()) if record.exists() else set()
+    record = folder / runfolder.MILESTONES
+    names = set(runfolder.read_word(record).split())
     if every is not None and position.epoch_step == 0 and position.epoch % every == 0:
         names.add(checkpoint.name(position.step))
-        record.write_text("\n".join(sorted(names)) + "\n")
+        runfolder.write(record, "\n".join(sorted(names)) + "\n")
     return names

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from irkd_dist.training.build import Parts
 
 
+MEANS = ("total", "ce", "kd", "saliency")  # the terms that are weighted by sample
+
+
 @dataclass(frozen=True)
 class Taken:
     """How a step went; all of it is on the device."""
@@ -32,33 +35,40 @@ class Taken:
     terms: list[dict[str, Tensor]]  # loss terms of each micro-batch
     skipped: Tensor  # 1: the gradient was not finite, and no process has taken the step; else 0
     mine: Tensor  # 1: a loss of this process was not finite
-    samples: Tensor  # of this process's share
+    samples: Tensor | int  # of this process's share
 
 
-def take(parts: Parts, batch: Batch, alpha: float, gamma: float, step: int) -> Taken:
-    """Take one step on all ranks, or on none: then weights and moments are as they were."""
+def take(parts: Parts, batches: list[Batch], alpha: float, gamma: float, step: int) -> Taken:
+    """Take one step on all ranks, or on none: then weights and moments are as they were.
+
+    batches: this process's share of the global batch; several, if it carries several virtual ranks.
+    """
     config, engine, terms = parts.config, parts.engine, []
     mine = torch.zeros((), device=engine.device)
-    pieces = slices(batch, config.data.virtual_ranks, engine, config.optim.accumulate)
-    buffers = None
+    pieces = slices(batches, config.data.virtual_ranks, engine, config.optim.accumulate)
+    several, buffers = len(batches) > 1, None
     for i, (rank, part, piece) in enumerate(pieces):
         torch.manual_seed(virtual.seed(config.seed, step, rank, part))
         with engine.micro_batch(last=i == len(pieces) - 1):
             made = forward(parts.module, parts.teacher, config.loss.saliency, piece, alpha, gamma, step)
+            if (
+                several
+            ):  # a batch's weights make the mean over slices; the engine takes the one over processes
+                made = {k: v / len(batches) if k in MEANS else v for k, v in made.items()}
             loss = _faulty(made["total"], parts.student, engine, step)
             mine = torch.maximum(mine, (~torch.isfinite(loss.detach())).float())
             engine.backward(guard.poisoned(loss))
         terms.append({**made, "total": loss})
-        if (
-            config.data.virtual_ranks and buffers is None
-        ):  # BatchNorm's statistics are those of the first slice
+        if several and buffers is None:  # BatchNorm's statistics are those of the first slice
             buffers = [(b, b.clone()) for b in parts.student.buffers()]
     for buffer, kept in buffers or ():
         buffer.copy_(kept)
-    return Taken(terms, engine.step(), mine, (batch.weight > 0).sum())
+    return Taken(terms, engine.step(), mine, sum((b.weight > 0).sum() for b in batches))
 
 
-def slices(batch: Batch, count: int | None, engine: Engine, accumulate: int) -> list[tuple[int, int, Batch]]:
+def slices(
+    batches: list[Batch], count: int | None, engine: Engine, accumulate: int
+) -> list[tuple[int, int, Batch]]:
     """A process's share as (rank, part, micro-batch): its seed's rank and part, and what it computes at once.
 
     With `count` virtual ranks a slice each, where a process carries whole ones; otherwise the process's own rank, in
@@ -66,13 +76,9 @@ def slices(batch: Batch, count: int | None, engine: Engine, accumulate: int) -> 
     sample of weight 0 where a slice has none.
     """
     if count is None or not virtual.exact(count, engine.world):
-        return [(engine.rank, i, part) for i, part in enumerate(parts(batch, accumulate))]
-    carried = virtual.carried(count, engine.rank, engine.world)
-    rows = [torch.nonzero(batch.positions % count == rank).squeeze(1) for rank in carried]
-    return [
-        (rank, 0, _rows(batch, own) if len(own) else _nothing(batch))
-        for rank, own in zip(carried, rows, strict=True)
-    ]
+        return [(engine.rank, i, part) for i, part in enumerate(parts(batches[0], accumulate))]
+    ranks = virtual.carried(count, engine.rank, engine.world)
+    return [(rank, 0, batch) for rank, batch in zip(ranks, batches, strict=True)]
 
 
 def parts(batch: Batch, count: int) -> list[Batch]:
@@ -114,7 +120,7 @@ def forward(
         weights = torch.cat([*([nothing] if first else []), weights, *([nothing] if last else [])])
         aligned = max(own, 1)
         batch = replace(_rows(batch, index), weight=weights)
-    target = batch.labels if batch.targets is None else batch.targets
+    target = batch.labels if batch.soft_labels is None else batch.soft_labels
     targets = Targets()
     if teacher is not None:
         images = batch.images if batch.full is None else batch.full
@@ -167,7 +173,7 @@ def _rows(batch: Batch, index: Tensor, weight: float | None = None) -> Batch:
         ids=batch.ids[index.numpy()],
         images=batch.images[on],
         labels=batch.labels[on],
-        targets=None if batch.targets is None else batch.targets[on],
+        soft_labels=None if batch.soft_labels is None else batch.soft_labels[on],
         weight=batch.weight[on] if weight is None else batch.weight.new_full((len(index),), weight),
         positions=batch.positions[index],
         full=None if batch.full is None else batch.full[on],

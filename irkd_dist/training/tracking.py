@@ -8,8 +8,10 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import socket
+import subprocess
 import sys
 import time
 import urllib.parse
@@ -23,12 +25,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from irkd_dist import __version__, runfolder
 from irkd_dist.errors import UserError
 
 if TYPE_CHECKING:
     from irkd_dist.checkpoint import Writer
-
-EVENTS = "events.jsonl"
 
 
 class Tracker:
@@ -52,13 +53,13 @@ class Tracker:
         config: dict[str, Any],
     ) -> None:
         self.main = main
-        self.console = Console(quiet=not main, highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self.console = console(quiet=not main)
         self._backend: Any = None
         self._kind = backend if main else "none"
         if not main:
             return
-        self._file = _open_events(run / EVENTS)
-        self._pending: collections.deque[str] = collections.deque()
+        self._file = runfolder.open_log(run / runfolder.EVENTS)
+        self._pending: collections.deque[bytes] = collections.deque()
         self._full = False
         if backend == "wandb":
             self._backend = _Wandb(run, mode, project, name, config, self.say)
@@ -69,7 +70,7 @@ class Tracker:
         """Append one line to events.jsonl, flushed."""
         if self.main:
             line = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
-            self._pending.append(json.dumps(line) + "\n")
+            self._pending.append(runfolder.event_line(line))
             self._write()
             if kind == "stop" and self._kind == "wandb":
                 self._backend.stop()
@@ -83,12 +84,11 @@ class Tracker:
     def _write(self) -> None:
         """Write the pending lines; a full disk keeps them for the next time, and training goes on."""
         while self._pending:
-            data = self._pending[0].encode()
             try:
-                self._file.write(data)  # unbuffered: a line is there, or it is pending
+                self._file.write(self._pending[0])  # unbuffered: a line is there, or it is pending
             except OSError as error:
                 if not self._full:
-                    self.say(f"warning: {EVENTS} cannot be written: {error}; its lines wait")
+                    self.say(f"warning: {runfolder.EVENTS} cannot be written: {error}; its lines wait")
                 self._full = True
                 return
             self._full = False
@@ -120,10 +120,10 @@ class Tracker:
     def stage_bar(self, title: str, total: int, done: int) -> Iterator[Any]:
         """Progress of one stage: yields `update(done, text)`. Off a terminal it draws nothing."""
         columns = (
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             TimeRemainingColumn(),
         )
         hidden = not self.main or not self.console.is_terminal
@@ -141,25 +141,60 @@ class Tracker:
             self._backend.close()
 
 
+def console(quiet: bool = False) -> Console:
+    """A terminal that prints names as they are: no markup in brackets, no emoji in colons."""
+    return Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
 @contextmanager
 def count_bar(what: str) -> Iterator[tuple[Any, Any]]:
     """A bar for counted work: yields `progress(done, total)` and `say(text)`. Off a terminal, a line now and then."""
-    console = Console(highlight=False, soft_wrap=True)
+    terminal = console()
     columns = (
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as bar:
         task = bar.add_task(what, total=None)
 
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
-            if not console.is_terminal and (done == total or done % max(total // 10, 1) == 0):
-                console.print(f"{done} of {total} {what}")
+            if not terminal.is_terminal and (done == total or done % max(total // 10, 1) == 0):
+                terminal.print(f"{done} of {total} {what}")
 
-        yield progress, console.print
+        yield progress, terminal.print
+
+
+def provenance() -> dict[str, str]:
+    """What was asked of which code: the command, and the version or, of a checkout, the commit."""
+    return {"command": shlex.join(["irkd", *sys.argv[1:]]), "version": __version__, "commit": _commit()}
+
+
+def _commit() -> str:
+    """The commit of the package's checkout, with a + if files of it were changed since; empty if it is none."""
+    package = Path(__file__).resolve().parents[1]
+    git = ["git", "-C", str(package)]
+    try:
+        found = subprocess.run(
+            [*git, "rev-parse", "--show-prefix", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+        lines = found.stdout.split()
+        # installed into somebody's checkout, such as into its .venv, it is no part of it
+        if found.returncode or lines[0] != f"{package.name}/":
+            return ""
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no", "."],
+            capture_output=True, text=True, timeout=5, check=False,
+        )  # fmt: skip
+        return lines[1][:12] + ("+" if changed.stdout.strip() else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def reach(backend: str, mode: str) -> str:
@@ -194,53 +229,22 @@ def reach(backend: str, mode: str) -> str:
     return f"W&B online: {where} answers, a key is there"
 
 
-def read_events(run: Path) -> list[dict[str, Any]]:
-    """Events of a run in order, each step once: what a resumed run did again replaces what it did before.
-
-    A line cut short by a kill is left out.
-
-    Raises:
-        UserError: the run has no events.
-    """
-    file = run / EVENTS
-    if not file.is_file():
-        raise UserError(f"{run} is no run folder: it has no {EVENTS}")
-    events: list[dict[str, Any]] = []
-    for event in _lines(file):
-        if event["event"] == "start":
-            events = []
-        if event["event"] in ("resume", "rollback"):
-            events = [e for e in events if e["step"] <= event["step"]]
-        events.append(event)
-    return events
-
-
-def read_decisions(run: Path, config: str) -> dict[int, dict[str, Any]]:
-    """Decisions that were written down under the configuration of this digest, by step, whatever was resumed since."""
-    decisions = {}
-    for event in _lines(run / EVENTS) if (run / EVENTS).is_file() else ():
-        if event["event"] == "decision" and event["config"] == config:
-            decisions[event["step"]] = event
-    return decisions
-
-
 class SampleLog:
-    """Writes the samples of each step of each rank to `rank-00000.jsonl`, if it is asked to.
+    """Writes the samples of each step of each rank to a file of its own, if it is asked to.
 
     Args:
-        folder: where.
+        run: run folder.
         rank: of this process.
         started: seconds since 1970 when this start of the run began, the same on every rank.
         step: that it goes on from.
         asked: whether to write at all.
     """
 
-    def __init__(self, folder: Path, rank: int, started: float, step: int, asked: bool) -> None:
+    def __init__(self, run: Path, rank: int, started: float, step: int, asked: bool) -> None:
         self._file: Any = None
         self._started = started
         if asked:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / f"rank-{rank:05d}.jsonl").open("a")
+            self._file = runfolder.open_log(runfolder.samples_file(run, rank))
             self.go_on_from(step)
 
     def __enter__(self) -> SampleLog:
@@ -261,28 +265,7 @@ class SampleLog:
             self._line({"step": step, "ids": ids})
 
     def _line(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"started": self._started, **values}) + "\n")
-        self._file.flush()
-
-
-def read_samples(run: Path) -> dict[int, list[int]]:
-    """The samples that each step trained on, over all ranks, ascending; what was done again counts once."""
-    starts: dict[float, list[dict[str, Any]]] = {}
-    for file in sorted((run / "samples").glob("rank-*.jsonl")):
-        for line in file.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # cut short by a kill
-                record = json.loads(line)
-                starts.setdefault(record["started"], []).append(record)
-    steps: dict[int, list[int]] = {}
-    for _, records in sorted(starts.items()):
-        ours: dict[int, list[int]] = {}
-        for record in records:
-            if "from" in record:
-                steps = {k: v for k, v in steps.items() if k < record["from"]}
-            else:
-                ours.setdefault(record["step"], []).extend(record["ids"])
-        steps |= ours
-    return {step: sorted(ids) for step, ids in sorted(steps.items())}
+        self._file.write((json.dumps({"started": self._started, **values}) + "\n").encode())
 
 
 def summary_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
@@ -293,25 +276,6 @@ def summary_table(title: str, columns: list[str], rows: list[list[str]]) -> Tabl
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The events as they were written; a line cut short by a kill is left out."""
-    for line in file.read_text().splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event and "step" in event:
-            yield event
-
-
-def _open_events(file: Path) -> Any:
-    cut = file.exists() and file.stat().st_size > 0 and not file.read_bytes().endswith(b"\n")
-    handle = file.open("ab", buffering=0)
-    if cut:  # a kill in the middle of a line: the next event starts a new one
-        handle.write(b"\n")
-    return handle
 
 
 class _Wandb:
@@ -332,8 +296,8 @@ class _Wandb:
         self.told_to_stop = False  # by the server: a sweep's early termination, or a person in the browser
         self.stopped = self.preempted = self.gone = False
         self._say = say
-        id_file = run / "wandb-id.txt"
-        identity = id_file.read_text().strip() if id_file.exists() else None
+        id_file = run / runfolder.WANDB_ID
+        identity = runfolder.read_word(id_file) or None
         known = wandb.Settings.model_fields
 
         def stop() -> None:  # a function: W&B copies its settings deeply, and a method's object with them
@@ -362,7 +326,7 @@ class _Wandb:
             raise UserError(
                 f"track.mode={mode}: W&B does not start: {reason} (offline needs no account)"
             ) from error
-        id_file.write_text(self.run.id)
+        runfolder.write(id_file, self.run.id)
 
     def log(self, values: dict[str, float], step: int) -> None:
         self._call(lambda: self.run.log(values, step=step))
@@ -434,4 +398,4 @@ def _tensorboard(run: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("track.backend=tensorboard needs tensorboard: pip install 'irkd_dist[all]'") from None
-    return SummaryWriter(str(run / "tensorboard"))
+    return SummaryWriter(str(run / runfolder.TENSORBOARD))

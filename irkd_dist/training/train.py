@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from irkd_dist import faults, runs
+from irkd_dist import faults, runfolder
 from irkd_dist.config import Config
 from irkd_dist.data import sampler
 from irkd_dist.data.loader import Loader
@@ -81,17 +81,17 @@ def _train_epoch(run: Run, stage: _Stage, loader: Loader, update: Any) -> bool:
     logged, logged_at, waited = sums.clone(), time.perf_counter(), loader.wait_s
     seconds = run.position.seconds
     epoch_began = time.perf_counter() - seconds
-    for batch in loader.batches(run.position.epoch, run.position.epoch_step):
+    for batches in loader.steps(run.position.epoch, run.position.epoch_step):
         at = run.position.step
         faults.inject("step", at, engine.rank)
         lr = step.learning_rate(parts.config.optim, parts.plan, run.position, stage.steps, stage.run_steps)
         optim.set_lr(parts.optimizer, lr)
         flags = []
         if at not in left_out:
-            taken = step.take(parts, batch, stage.alpha, stage.gamma, at)
+            taken = step.take(parts, batches, stage.alpha, stage.gamma, at)
             sums += metrics.row(taken, loader.wait_s - waited)
             waited = loader.wait_s
-            run.remember(at, batch)
+            run.remember(at, batches)
             flags = run.send(at, taken)
 
         run.position = run.position.advance()
@@ -126,7 +126,7 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     means, images = metrics.means(engine, sums, parts.config.loss)
     seconds = time.perf_counter() - started
     tokens = len(loader) * build.tokens_per_image(parts.student, resolution)
-    best_name = f"{runs.BEST}/stage-{before.stage:02d}-step-{at:08d}"
+    best_name = runfolder.best_name(before.stage, at)
     state, decision = _decide(run, accuracy, best_name, run.position.seconds + seconds, tokens)
 
     tracker.event(
@@ -212,10 +212,8 @@ def _enter(run: Run, loader: Loader, skill: float) -> _Stage:
             "precision": str(engine.autocast), "threads": torch.get_num_threads(), "torch": torch.__version__,
         },
     )  # fmt: skip
-    if loader.too_large:
-        run.tracker.say(
-            f"{loader.resolution} px: decoded images would not fit in memory, so none are kept (data.cache)"
-        )
+    for note in loader.notes:
+        run.tracker.say(note)
     now = time.perf_counter()
     run.tracker.event(
         "stage", position.step, stage=number, resolution=planned.resolution, epochs=planned.epochs,

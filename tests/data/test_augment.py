@@ -1,5 +1,8 @@
 """Batched augmentations against torchvision, timm and naive loops; every draw a function of the sample id."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from irkd_dist.data import augment as aug
+from irkd_dist.data.recipe import Augment
 from irkd_dist.data.sampler import uniform
 
 IDS = np.arange(64) * 31 + 5
@@ -207,38 +211,90 @@ def test_cutmix_box_is_timms(monkeypatch):
         assert 1 - (box[2] - box[0]) * (box[3] - box[1]) / size**2 == pytest.approx(corrected, abs=1e-12)
 
 
+def mixes(seed: int, draw: int, keys: int, mixup: float, cutmix: float, size: int) -> list[aug.Mix]:
+    return aug.draw_mix(seed, draw, np.arange(keys), mixup, cutmix, size)
+
+
 def test_cutmix_of_a_batch_covers_one_minus_lam_of_the_pixels():
-    for step in range(40):
-        mix = aug.draw_mix(0, 0, step, 0.0, 1.0, 24)
+    for mix in mixes(0, 0, 40, 0.0, 1.0, size=24):
         assert mix.box is not None
-        mixed = aug.apply_mix(torch.zeros(2, 3, 24, 24), torch.ones(2, 3, 24, 24), mix)
+        mixed = aug.apply_mix(torch.zeros(2, 3, 24, 24), torch.ones(2, 3, 24, 24), [mix])
         assert mixed.mean().item() == pytest.approx(1 - mix.lam, abs=1e-6)
 
 
-def test_mixup_and_its_targets_against_timm():
+def test_mixup_and_its_soft_labels_against_timm():
     images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 3, 9])
-    mix = aug.draw_mix(0, 0, 3, 0.2, 0.0, 8)
+    mix = mixes(0, 0, 4, 0.2, 0.0, size=8)[3]
     assert mix.box is None
     assert 0 < mix.lam < 1
     expected = images * mix.lam + images.flip(0) * (1 - mix.lam)
-    torch.testing.assert_close(aug.apply_mix(images, images.flip(0), mix), expected)
-    targets = aug.mix_targets(labels, labels.flip(0), mix.lam, 10, 0.05)
-    torch.testing.assert_close(targets, mixup_target(labels, 10, mix.lam, 0.05))
-    torch.testing.assert_close(targets.sum(1), torch.ones(6))
+    torch.testing.assert_close(aug.apply_mix(images, images.flip(0), [mix]), expected)
+    soft = aug.soft_labels(labels, labels.flip(0), np.array([mix.lam]), 10, 0.05)
+    torch.testing.assert_close(soft, mixup_target(labels, 10, mix.lam, 0.05))
+    torch.testing.assert_close(soft.sum(1), torch.ones(6))
+
+
+def test_samples_mixed_each_for_itself_are_as_mixed_alone():
+    images, partners, labels = torch.randn(9, 3, 16, 16), torch.randn(9, 3, 16, 16), torch.arange(9)
+    drawn = mixes(4, 1, 9, 0.4, 1.0, size=16)
+    assert {mix.box is None for mix in drawn} == {True, False}
+    together = aug.apply_mix(images, partners, drawn)
+    soft = aug.soft_labels(labels, labels.flip(0), np.array([mix.lam for mix in drawn]), 9, 0.1)
+    for i, mix in enumerate(drawn):
+        one = slice(i, i + 1)
+        assert mix == aug.draw_mix(4, 1, np.array([i]), 0.4, 1.0, 16)[0]
+        assert torch.equal(together[one], aug.apply_mix(images[one], partners[one], [mix]))
+        torch.testing.assert_close(soft[one], mixup_target_of(labels[one], labels.flip(0)[one], mix.lam))
+
+
+def mixup_target_of(label: torch.Tensor, partner: torch.Tensor, lam: float) -> torch.Tensor:
+    """Label and partner at the two ends of a batch, as timm mixes them."""
+    return mixup_target(torch.cat([label, partner]), 9, lam, 0.1)[:1]
 
 
 def test_draws_of_lam_and_mode():
-    draws = [aug.draw_mix(7, 1, step, 0.2, 1.0, 1000) for step in range(3000)]
+    draws = mixes(7, 1, 3000, 0.2, 1.0, size=1000)
     cut = [mix.box is not None for mix in draws]
     assert 0.46 < np.mean(cut) < 0.54
     lams = np.array([mix.lam for mix, is_cut in zip(draws, cut, strict=True) if not is_cut])
     assert abs(lams.mean() - 0.5) < 0.04  # Beta(a, a): mean 1/2, variance 1 / (4 (2a + 1))
     assert abs(lams.var() - 1 / (4 * 1.4)) < 0.01
-    assert draws == [aug.draw_mix(7, 1, step, 0.2, 1.0, 1000) for step in range(3000)]
-    assert aug.draw_mix(7, 1, 0, 0.0, 0.0, 32) == aug.Mix(1.0, None)
+    assert draws == mixes(7, 1, 3000, 0.2, 1.0, size=1000)
+    assert mixes(7, 1, 1, 0.0, 0.0, size=32) == [aug.Mix(1.0, None)]
 
 
 def test_mix_and_boxes_in_proportion():
     assert aug.scale_mix(aug.Mix(0.7, (2, 0, 8, 5)), 16, 32) == aug.Mix(0.7, (4, 0, 16, 10))
     assert aug.scale_mix(aug.Mix(0.7, None), 16, 32) == aug.Mix(0.7, None)
     assert aug.scale_boxes(np.array([[0, 3, 12, 12]]), 12, 32).tolist() == [[0, 8, 32, 32]]
+
+
+# ---- the settings
+
+
+def test_draws_come_again_after_as_many_epochs_as_there_are():
+    assert [Augment().draw(epoch) for epoch in (0, 1, 7)] == [0, 1, 7]
+    assert [Augment(draws=3).draw(epoch) for epoch in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_the_settings_come_from_the_configuration_without_torch():
+    code = """
+import sys
+from irkd_dist import config
+tree = {"fixed": {"resolution": 16, "epochs": 1}, "augment": {"draws": 4}}
+new = config.to_dict(config.from_dict(tree, "here"))
+old = config.to_dict(config.from_dict({**tree, "augment": {}}, "here"))
+assert config.semantic_difference(old, new) == ["augment.draws: None -> 4"]
+del old["augment"]["draws"]  # as a run folder of an earlier version has it
+assert config.semantic_difference(old, config.to_dict(config.from_dict(old, "here"))) == []
+assert "torch" not in sys.modules
+for wrong in (0, -1, 1.5, True):
+    try:
+        config.from_dict({**tree, "augment": {"draws": wrong}}, "here")
+    except config.UserError as error:
+        assert f"augment.draws={wrong!r}" in str(error), error
+    else:
+        raise AssertionError(wrong)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

@@ -1,235 +1,42 @@
-"""The loader: pixels as stock webdataset reads them; the same batches for any world, workers and caches."""
+"""The loader: the same batches for any world, slices, workers and caches; threads, files, damage."""
 
 import dataclasses
-import hashlib
-import io
 import os
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms.functional as tv1
-from PIL import Image
-from webdataset.compat import WebDataset
-from webdataset.writer import TarWriter
 
-from irkd_dist.data import augment as aug
-from irkd_dist.data import shards
-from irkd_dist.data.loader import Augment, Batch, Loader, balanced_subset
+from irkd_dist.data.decoded import balanced_subset
+from irkd_dist.data.loader import Batch
 from irkd_dist.errors import UserError
-
-SIZES = {"train": 150, "val": 21}
-PER_SHARD = 80
-CLASSES = 5
-MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.24, 0.23)
-EVERYTHING = Augment(auto_augment=0.5, erase=0.4, mixup=0.2, cutmix=1.0, smoothing=0.1)
-CROP_FLIP = Augment()
-
-
-def write_shards(folder: Path, resolutions: tuple[int, ...], mode: shards.Mode) -> shards.Manifest:
-    rng, listed, key = np.random.default_rng(0), {f"r{r}": {} for r in resolutions}, 0
-    for split, count in SIZES.items():
-        coarse = rng.integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
-        for r in resolutions:
-            (folder / f"r{r}").mkdir(parents=True, exist_ok=True)
-            files = []
-            for start in range(0, count, PER_SHARD):
-                path = folder / f"r{r}" / f"{split}-{start // PER_SHARD:06d}.tar"
-                rows = range(start, min(start + PER_SHARD, count))
-                with TarWriter(str(path), mtime=0) as tar:
-                    for i in rows:
-                        stream = io.BytesIO()
-                        Image.fromarray(coarse[i]).resize((r, r), Image.Resampling.BICUBIC).save(
-                            stream, "png"
-                        )
-                        label = str(i * i % CLASSES)
-                        tar.write({"__key__": f"{key + i:09d}", "png": stream.getvalue(), "cls": label})
-                data = path.read_bytes()
-                files.append(shards.Shard(path.name, len(rows), len(data), hashlib.sha256(data).hexdigest()))
-            listed[f"r{r}"][split] = tuple(files)
-        key += count
-    manifest = shards.Manifest(
-        version=shards.FORMAT_VERSION,
-        dataset="test",
-        source="synthetic",
-        classes=tuple("abcde"),
-        mean=MEAN,
-        std=STD,
-        mode=mode,
-        encoding="png",
-        masks=False,
-        val_fraction=0.1,
-        seed=0,
-        resolutions=resolutions,
-        splits=SIZES,
-        shards=listed,
-        render={},
-    )
-    shards.write_manifest(folder, manifest)
-    return shards.load_manifest(folder)
-
-
-@pytest.fixture(scope="module")
-def resized(tmp_path_factory) -> tuple[Path, shards.Manifest]:
-    folder = tmp_path_factory.mktemp("resize")
-    return folder, write_shards(folder, (12, 16, 32), "resize")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[Path, shards.Manifest]:
-    folder = tmp_path_factory.mktemp("crop")
-    return folder, write_shards(folder, (32,), "crop")
-
-
-def epoch_of(data, split="train", resolution=12, *, epoch=0, start_step=0, batch=32, seed=3, **options):
-    folder, manifest = data
-    with Loader(folder, manifest, split, resolution, batch=batch, seed=seed, **options) as loader:
-        return list(loader.batches(epoch, start_step))
-
-
-def stock(data, split="train", resolution=12) -> tuple[torch.Tensor, list[int]]:
-    """Pixels (N, 3, r, r) uint8 and labels as stock webdataset reads them."""
-    folder, manifest = data
-    urls = [str(folder / f"r{resolution}" / s.name) for s in manifest.shards[f"r{resolution}"][split]]
-    pairs = list(WebDataset(urls, shardshuffle=False).decode("rgb8").to_tuple("png", "cls"))  # type: ignore
-    return torch.stack([torch.tensor(p).permute(2, 0, 1) for p, _ in pairs]), [label for _, label in pairs]
-
-
-def normalised(image: torch.Tensor) -> torch.Tensor:
-    return tv1.normalize(image.float() / 255, MEAN, STD)
-
-
-def assert_same(a: Batch, b: Batch) -> None:
-    for field in dataclasses.fields(Batch):
-        left, right = getattr(a, field.name), getattr(b, field.name)
-        if isinstance(left, torch.Tensor):
-            assert torch.equal(left, right), field.name
-        else:
-            assert np.array_equal(left, right), field.name
-
-
-# ---- pixels
-
-
-@pytest.mark.parametrize("cache", ["none", "ram", "device"])
-def test_evaluation_has_the_pixels_of_stock_webdataset_in_order(resized, cache):
-    images, labels = stock(resized, "val", 16)
-    batches = epoch_of(resized, "val", 16, batch=8, augment=None, cache=cache)
-    assert [b.size for b in batches] == [8, 8, 5]
-    assert np.concatenate([b.ids for b in batches]).tolist() == list(range(21))
-    assert torch.cat([b.labels for b in batches]).tolist() == labels
-    expected = torch.stack([normalised(i) for i in images])
-    torch.testing.assert_close(torch.cat([b.images for b in batches]), expected, rtol=0, atol=2e-6)
-    assert all(b.targets is None and b.full is None and (b.weight == 1).all() for b in batches)
-
-
-def naive_view(image: torch.Tensor, i: int, padding: int, size: int, epoch: int) -> torch.Tensor:
-    """Crop and flip of one sample by torchvision."""
-    key = np.array([i])
-    y, x = aug.crop_offsets(3, epoch, key, padding, size, image.shape[-1])[0].tolist()
-    cropped = tv1.crop(tv1.pad(image, [padding]), y, x, size, size)
-    return tv1.hflip(cropped) if aug.flip_mask(3, epoch, key)[0] else cropped
-
-
-@pytest.mark.parametrize(("resolution", "padding"), [(12, 2), (16, 2), (32, 4)])
-def test_training_views_against_a_loop_with_torchvision(resized, resolution, padding):
-    small, labels = stock(resized, "train", resolution)
-    large, _ = stock(resized, "train", 32)
-    seen = []
-    for b in epoch_of(resized, resolution=resolution, epoch=5, augment=CROP_FLIP, full_resolution=32):
-        assert b.full is not None
-        assert (b.full is b.images) == (resolution == 32)
-        assert b.targets is None
-        for i, image, full, label in zip(b.ids.tolist(), b.images, b.full, b.labels.tolist(), strict=True):
-            assert label == labels[i]
-            view = normalised(naive_view(small[i], i, padding, resolution, 5))
-            torch.testing.assert_close(image, view, rtol=0, atol=2e-6)
-            view = normalised(naive_view(large[i], i, 4, 32, 5))
-            torch.testing.assert_close(full, view, rtol=0, atol=2e-6)
-            seen.append(i)
-    assert sorted(seen) == list(range(150))
-
-
-def test_padding_may_stay_the_same_at_every_resolution(resized):
-    images, _ = stock(resized, "train", 12)
-    (b, *_) = epoch_of(resized, augment=Augment(padding_at=None))
-    view = normalised(naive_view(images[b.ids[0]], int(b.ids[0]), 4, 12, 0))
-    torch.testing.assert_close(b.images[0], view, rtol=0, atol=2e-6)
-
-
-def test_random_crops_of_full_size_images(whole):
-    images, _ = stock(whole, "train", 32)
-    (b, *_) = epoch_of(whole, resolution=20, augment=Augment(mode="crop"), full_resolution=32)
-    assert b.full is not None
-    for i, image, full in zip(b.ids.tolist(), b.images, b.full, strict=True):
-        view = naive_view(images[i], i, 4, 20, 0)
-        torch.testing.assert_close(image, normalised(view), rtol=0, atol=2e-6)
-        enlarged = tv1.resize(view.float(), [32, 32], antialias=True)
-        torch.testing.assert_close(full, normalised(enlarged), rtol=0, atol=1.01 / 255 / min(STD))
-
-
-@pytest.mark.parametrize("centre", [False, True])
-def test_evaluation_of_full_size_images(whole, centre):
-    images, _ = stock(whole, "val", 32)
-    (b,) = epoch_of(whole, "val", 20, augment=None, centre_crop=centre, full_resolution=32)
-    assert b.full is not None
-    for i, image, full in zip(b.ids.tolist(), b.images, b.full, strict=True):
-        cropped = tv1.center_crop(images[i], [20, 20])
-        small = cropped if centre else tv1.resize(images[i].float(), [20, 20], antialias=True)
-        torch.testing.assert_close(image, normalised(small), rtol=0, atol=1.01 / 255 / min(STD))
-        large = tv1.resize(cropped.float(), [32, 32], antialias=True) if centre else images[i]
-        torch.testing.assert_close(full, normalised(large), rtol=0, atol=1.01 / 255 / min(STD))
-
-
-@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])
-def test_mixing_against_a_loop(resized, mixup, cutmix):
-    plain = epoch_of(resized, resolution=16, augment=CROP_FLIP, full_resolution=32)
-    mixing = dataclasses.replace(CROP_FLIP, mixup=mixup, cutmix=cutmix, smoothing=0.1)
-    mixed = epoch_of(resized, resolution=16, augment=mixing, full_resolution=32)
-    for a, b in zip(plain, mixed, strict=True):
-        lam, box = aug.draw_mix(3, 0, b.step, mixup, cutmix, 16)
-        assert torch.equal(a.labels, b.labels)
-        assert b.targets is not None
-        for own, ours, scale in ((a.images, b.images, 1), (a.full, b.full, 2)):
-            assert own is not None
-            assert ours is not None
-            for i in range(b.size):
-                partner = own[b.size - 1 - i]
-                expected = lam * own[i] + (1 - lam) * partner
-                if box is not None:
-                    top, left, bottom, right = (scale * side for side in box)
-                    expected = own[i].clone()
-                    expected[:, top:bottom, left:right] = partner[:, top:bottom, left:right]
-                torch.testing.assert_close(ours[i], expected, rtol=0, atol=1e-6)
-        for i in range(b.size):
-            target = torch.full((CLASSES,), 0.1 / CLASSES)
-            target[a.labels[i]] += 0.9 * lam
-            target[a.labels[b.size - 1 - i]] += 0.9 * (1 - lam)
-            torch.testing.assert_close(b.targets[i], target)
-
-
-def test_smoothing_alone_gives_soft_targets(resized):
-    (b, *_) = epoch_of(resized, augment=dataclasses.replace(CROP_FLIP, smoothing=0.2))
-    assert b.targets is not None
-    expected = torch.nn.functional.one_hot(b.labels, CLASSES) * 0.8 + 0.2 / CLASSES
-    torch.testing.assert_close(b.targets, expected)
-
+from tests.data.conftest import (
+    CROP_FLIP,
+    DRAWS,
+    EVERYTHING,
+    assert_same,
+    epoch_of,
+    naive_view,
+    normalised,
+    opened,
+    stock,
+    write_shards,
+)
 
 # ---- the same batches, whatever the world, the restart, the workers and the cache
 
 
 @pytest.mark.parametrize("batch", [32, 3])  # 150 = 4 x 32 + 22; 3 is smaller than a world of 4
 @pytest.mark.parametrize("mode", ["resize", "crop"])
-def test_any_world_gives_the_same_global_batches(resized, whole, batch, mode):
+@pytest.mark.parametrize("augment", [EVERYTHING, DRAWS])
+def test_any_world_gives_the_same_global_batches(resized, whole, batch, mode, augment):
     data = resized if mode == "resize" else whole
-    augment = dataclasses.replace(EVERYTHING, mode=mode)
-    options = {"epoch": 2, "batch": batch, "augment": augment, "full_resolution": 32, "start_step": 0}
+    options = {"epoch": 2, "batch": batch, "augment": augment, "full": 32, "mode": mode}
     options["start_step"] = max(0, -(-150 // batch) - 12)
     alone = epoch_of(data, **options)
     for world in (2, 3, 4):
-        ranks = [epoch_of(data, **options, rank=rank, world=world) for rank in range(world)]
+        ranks = [epoch_of(data, **options, parts=world, own=(rank,)) for rank in range(world)]
         for whole_batch, *shares in zip(alone, *ranks, strict=True):
             assert_is_split(whole_batch, shares, world)
 
@@ -240,7 +47,7 @@ def assert_is_split(whole_batch: Batch, shares: list[Batch], world: int) -> None
         at = b.positions
         assert (b.size, b.step) == (n, whole_batch.step)
         assert np.array_equal(b.ids, whole_batch.ids[at.numpy()])
-        for name in ("images", "labels", "targets", "full"):
+        for name in ("images", "labels", "soft_labels", "full"):
             assert torch.equal(getattr(b, name), getattr(whole_batch, name)[at]), (name, world)
         found += at[b.weight > 0].tolist()
         mean = mean + (b.weight * loss(b)).sum() / world
@@ -254,7 +61,7 @@ def loss(b: Batch) -> torch.Tensor:
 
 def test_evaluation_counts_every_sample_once_in_any_world(resized):
     for world in (1, 2, 3, 4):
-        ranks = [epoch_of(resized, "val", batch=3, augment=None, rank=r, world=world) for r in range(world)]
+        ranks = [epoch_of(resized, "val", batch=3, augment=None, parts=world, own=(r,)) for r in range(world)]
         assert [len(batches) for batches in ranks] == [7] * world
         counted = [i for batches in ranks for b in batches for i in b.ids[b.weight.numpy() > 0].tolist()]
         assert sorted(counted) == list(range(21))
@@ -278,28 +85,14 @@ def test_resuming_gives_the_batches_of_an_unbroken_pass(resized, start_step):
 
 
 def test_workers_and_caches_change_nothing(resized):
-    folder, manifest = resized
     reference = epoch_of(resized, epoch=1, augment=EVERYTHING, cache="none", workers=1)
     for cache in ("none", "ram", "device"):
         for workers in (1, 3):
             options = {"cache": cache, "workers": workers}
-            with Loader(
-                folder, manifest, "train", 12, batch=32, seed=3, augment=EVERYTHING, **options
-            ) as loader:
+            with opened(resized, "train", 12, batch=32, seed=3, augment=EVERYTHING, **options) as loader:
                 list(loader.batches(0))  # fills the cache
                 for a, b in zip(reference, loader.batches(1), strict=True):
                     assert_same(a, b)
-
-
-def test_images_that_would_not_fit_in_memory_are_not_kept(resized, monkeypatch):
-    """They are decoded again each time, and are the same."""
-    folder, manifest = resized
-    for processes, too_large in (("4", False), (str(2**30), True)):  # of this host, and all would keep them
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-        with Loader(folder, manifest, "train", 12, batch=32, seed=3, augment=Augment()) as loader:
-            assert loader.too_large == too_large
-            for ours, kept in zip(loader.batches(0), epoch_of(resized, augment=Augment()), strict=True):
-                assert_same(ours, kept)
 
 
 def test_torchs_global_generator_is_left_alone(resized):
@@ -307,6 +100,46 @@ def test_torchs_global_generator_is_left_alone(resized):
     before = torch.get_rng_state()
     epoch_of(resized, augment=EVERYTHING)
     assert torch.equal(before, torch.get_rng_state())
+
+
+# ---- virtual ranks
+
+
+@pytest.mark.parametrize("batch", [32, 3])
+@pytest.mark.parametrize("augment", [EVERYTHING, DRAWS, None])
+def test_a_process_gives_each_slice_as_its_own_process_would(resized, batch, augment):
+    options = {"batch": batch, "augment": augment, "full": 32}
+    alone = [epoch_of(resized, **options, parts=4, own=(v,)) for v in range(4)]
+    for own in ((0, 1, 2, 3), (1, 3), (2,)):
+        with opened(resized, **options, parts=4, own=own) as loader:
+            steps = list(loader.steps(0))
+        assert len(steps) == loader.steps_per_epoch
+        for step, batches in enumerate(steps):
+            for v, b in zip(own, batches, strict=True):
+                assert_same(b, alone[v][step])
+    if augment is not None:
+        whole_batches = epoch_of(resized, **options)
+        for step, whole_batch in enumerate(whole_batches):
+            assert_is_split(whole_batch, [batches[step] for batches in alone], 4)
+
+
+def test_a_share_of_several_slices_has_no_single_batch(resized):
+    with (
+        opened(resized, augment=None, parts=2, own=(0, 1)) as loader,
+        pytest.raises(ValueError, match="use steps"),
+    ):
+        loader.batches(0)
+
+
+def test_a_small_last_batch_joins_the_one_before_it(resized):
+    """150 samples: the last of 4 batches would have 0 or 2 of them, one in each of two slices."""
+    loaded = [epoch_of(resized, batch=37, augment=CROP_FLIP, least=4, parts=2, own=(v,)) for v in (0, 1)]
+    for batches in loaded:
+        assert [b.size for b in batches] == [37, 37, 37, 39]
+        assert min(len(b.ids) for b in batches) >= 2
+    assert [b.size for b in epoch_of(resized, batch=37, augment=CROP_FLIP)] == [37, 37, 37, 37, 2]
+    with pytest.raises(UserError, match=r"a batch of 3 is too small: BatchNorm needs 4 samples"):
+        opened(resized, batch=3, augment=CROP_FLIP, least=4)
 
 
 # ---- threads, files, time
@@ -325,12 +158,9 @@ def in_new_thread(function):
 
 
 def test_closing_early_leaves_no_thread_and_no_file(resized):
-    folder, manifest = resized
     before = state()
     for taken in range(4):
-        loader = Loader(
-            folder, manifest, "train", 12, batch=8, seed=0, augment=EVERYTHING, full_resolution=32
-        )
+        loader = opened(resized, "train", 12, batch=8, seed=0, augment=EVERYTHING, full=32)
         batches = loader.batches(0)
         for _ in range(taken):
             next(batches)
@@ -343,16 +173,14 @@ def test_closing_early_leaves_no_thread_and_no_file(resized):
 
 
 def test_a_failing_constructor_closes_what_it_opened(resized, tmp_path):
-    folder, manifest = resized
     before = state()
     with pytest.raises(UserError, match="no resolution 24"):
-        Loader(folder, manifest, "train", 12, batch=8, seed=0, augment=None, full_resolution=24)
+        opened(resized, "train", 12, batch=8, seed=0, augment=None, full=24)
     assert state() == before
 
 
 def test_waiting_is_counted(resized):
-    folder, manifest = resized
-    with Loader(folder, manifest, "train", 12, batch=8, seed=0, augment=CROP_FLIP) as loader:
+    with opened(resized, "train", 12, batch=8, seed=0, augment=CROP_FLIP) as loader:
         assert loader.steps_per_epoch == 19
         list(loader.batches(0))
         assert 0 < loader.wait_s < 20
@@ -370,13 +198,13 @@ def test_waiting_is_counted(resized):
 def test_a_shard_cut_short_while_in_use_is_an_error_in_the_consumer(tmp_path):
     manifest = write_shards(tmp_path, (12,), "resize")
     before = threading.active_count()
-    with Loader(tmp_path, manifest, "train", 12, batch=32, seed=0, augment=CROP_FLIP) as loader:
+    with opened((tmp_path, manifest), "train", 12, batch=32, seed=0, augment=CROP_FLIP) as loader:
         os.truncate(tmp_path / "r12" / "train-000001.tar", 5000)
         with pytest.raises(UserError, match=r"train-000001\.tar was cut short"):
             list(loader.batches(0))
     assert threading.active_count() == before
     with pytest.raises(UserError, match="truncated"):
-        Loader(tmp_path, manifest, "train", 12, batch=32, seed=0, augment=CROP_FLIP)
+        opened((tmp_path, manifest), "train", 12, batch=32, seed=0, augment=CROP_FLIP)
 
 
 @pytest.mark.parametrize("cache", ["ram", "device"])
@@ -389,8 +217,8 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, cache):
     path.write_bytes(data)
     with (
         pytest.raises(UserError, match="val at 12 px: sample 000000154 cannot be read"),
-        Loader(
-            tmp_path, manifest, "val", 12, batch=8, seed=0, augment=None, cache=cache, verify="size"
+        opened(
+            (tmp_path, manifest), "val", 12, batch=8, seed=0, augment=None, cache=cache, verify="size"
         ) as loader,
     ):
         list(loader.batches(0))
@@ -403,22 +231,6 @@ def test_an_image_of_another_size_is_named(tmp_path):
         (tmp_path / "r12" / file.name).write_bytes(file.read_bytes())
     with pytest.raises(UserError, match=r"its shape is \(3, 16, 16\), not \(3, 12, 12\)"):
         epoch_of((tmp_path, wrong), augment=None)
-
-
-def test_modes_that_the_shards_cannot_give_are_refused(whole, resized):
-    with pytest.raises(UserError, match="rendered for mode crop"):
-        epoch_of(whole, augment=CROP_FLIP)
-    with pytest.raises(UserError, match=r"resolution=48 is larger .* can have 40 px at most"):
-        epoch_of(whole, resolution=48, augment=Augment(mode="crop"))
-    with pytest.raises(UserError, match="no resolution 20"):
-        epoch_of(resized, resolution=20, augment=CROP_FLIP)
-
-
-def test_random_crops_also_work_on_shards_rendered_at_many_sizes(resized):
-    images, _ = stock(resized, "train", 32)
-    (b, *_) = epoch_of(resized, resolution=20, augment=Augment(mode="crop"))
-    view = normalised(naive_view(images[b.ids[0]], int(b.ids[0]), 4, 20, 0))
-    torch.testing.assert_close(b.images[0], view, rtol=0, atol=2e-6)
 
 
 # ---- subsets

@@ -1,5 +1,6 @@
 """The sample order: every sample once an epoch, the same global batches for any world, no hidden state."""
 
+import itertools
 import subprocess
 import sys
 
@@ -87,3 +88,64 @@ def test_every_sample_once_an_epoch_for_any_world(size, batch, world, shuffle):
 
 def test_share_of_a_batch_smaller_than_the_world():
     assert [sampler.share(2, rank, 4).tolist() for rank in range(4)] == [[0], [1], [], []]
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "least"), [(130, 64, 4), (130, 64, 2), (129, 64, 2), (5, 64, 8), (7, 7, 8)]
+)
+def test_a_last_batch_that_is_too_small_joins_the_one_before(size, batch, least):
+    edges = sampler.bounds(size, batch, least).tolist()
+    counts = [b - a for a, b in itertools.pairwise(edges)]
+    assert edges[0] == 0
+    assert edges[-1] == size
+    assert counts[:-1] == [batch] * (len(counts) - 1)
+    assert counts[-1] < batch + least
+    assert len(counts) == 1 or counts[-1] >= least
+    assert sampler.steps_per_epoch(size, batch, least) == len(counts)
+    seen = [sampler.global_batch(1, 4, step, size, batch, least=least) for step in range(len(counts))]
+    assert [len(ids) for ids in seen] == counts
+    assert np.array_equal(np.concatenate(seen), sampler.order(1, 4, size))
+
+
+def test_enough_samples_leave_the_last_batch_alone():
+    for size in range(1, 40):
+        for batch in range(3, 12):
+            plain = [*range(0, size, batch), size]
+            assert sampler.bounds(size, batch).tolist() == plain
+            if size % batch == 0 or size % batch >= 3:
+                assert sampler.bounds(size, batch, 3).tolist() == plain
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_slices_of_enough_samples_have_two_each(parts):
+    for n in range(2 * parts, 40):
+        slices = sampler.slices(n, parts)
+        assert min(map(len, slices)) >= 2
+        assert sorted(np.concatenate(slices).tolist()) == list(range(n))
+        for part, positions in enumerate(slices):
+            assert positions.tolist() == [p for p in range(n) if p % parts == part]
+
+
+def test_a_share_is_of_slices_that_there_are():
+    assert sampler.Share(4, (2, 0)).own == (2, 0)
+    for own in ((), (0, 0), (4,), (-1,)):
+        with pytest.raises(ValueError, match="no slices out of 4"):
+            sampler.Share(4, own)
+
+
+@pytest.mark.parametrize("size", [2, 3, 150, 1001])
+def test_partners_are_one_cycle_of_a_draw(size):
+    partner = sampler.partners(3, 1, size)
+    at, visited = 0, set()
+    for _ in range(size):
+        visited.add(at)
+        at = int(partner[at])
+    assert at == 0
+    assert visited == {*range(size)}
+    if size > 100:
+        for other in (sampler.partners(3, 2, size), sampler.partners(4, 1, size)):
+            assert (partner == other).mean() < 0.05
+
+
+def test_one_sample_is_its_own_partner():
+    assert sampler.partners(0, 0, 1).tolist() == [0]

@@ -87,7 +87,7 @@ def run_case(overrides: dict[str, object], base: list[str], out: Path) -> dict[s
             engine.backward(terms["total"])
         sums = {key: value + terms.get(key, torch.zeros(())).detach() for key, value in sums.items()}
     real = batch.weight > 0
-    target = batch.labels[:, None] if batch.targets is None else batch.targets
+    target = batch.labels[:, None] if batch.soft_labels is None else batch.soft_labels
     result = {
         "images": gathered(engine, batch.images[real], batch.positions[real], batch.size),
         "targets": gathered(engine, target[real], batch.positions[real], batch.size),

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from irkd_dist.runfolder import read_decisions, read_events, read_samples
 from irkd_dist.training import requeue
-from irkd_dist.training.tracking import read_decisions, read_events, read_samples
 from tests import chaos
 from tests.chaos import Fault, damage_newest, finish, losses_of, start, status, strike
 from tests.training.conftest import STUDENT_YAML
@@ -115,6 +115,20 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_taken_by_none(config: Path, ki
     assert "step 6: the loss of rank 1" in done.text
     assert [e["step"] for e in of(config.parent / kind, "skip")] == [6]
     assert losses_of(config.parent / kind, config.parent / f"told-{kind}", {6}) == []
+
+
+@pytest.mark.parametrize(("engine", "world"), [("ddp", 2), ("fsdp2", 2), ("zero1", 1), ("ddp", 1)])
+def test_one_element_of_one_ranks_gradient_that_is_not_finite_is_taken_by_none(
+    config: Path, engine: str, world: int
+) -> None:
+    """The loss is finite: without a guard of the gradient, the weights would be NaN from here on."""
+    name, more = f"gradient-{engine}-{world}", [f"engine={engine}"]
+    assert finish(start(config, f"told-{name}", world, *more, "data.leave_out=[6]")).code == 0
+    done = strike(config, name, world, Fault("nan", f"nan@gradient:6:{world - 1}"), *more)
+    assert done.code == 0, done.text[-3000:]
+    assert "step 6: the gradient, not a loss, is not finite" in done.text
+    assert [e["step"] for e in of(config.parent / name, "skip")] == [6]
+    assert losses_of(config.parent / name, config.parent / f"told-{name}", {6}) == []
 
 
 def test_over_the_limit_the_run_goes_back_once_and_then_stops(config: Path) -> None:

@@ -9,12 +9,12 @@ import torch
 import webdataset as wds
 from torch.nn import functional as F
 
-from irkd_dist import checkpoint, evaluate, runs
+from irkd_dist import checkpoint, configured, evaluate, networks
 from irkd_dist import config as configuration
 from irkd_dist.data import sampler
 from irkd_dist.errors import UserError
+from irkd_dist.runfolder import read_events, read_samples
 from irkd_dist.training import panels
-from irkd_dist.training.tracking import read_events, read_samples
 from irkd_dist.training.train import train
 
 
@@ -59,8 +59,8 @@ def maps(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, graph: bool, 
 def naive(config: configuration.Config, teacher_folder: Path) -> list[float]:
     """Two stages, AdamW anew at each, CE + KD + 0.8 saliency: nothing but torch."""
     torch.manual_seed(config.seed)
-    student, _ = runs.create_student(config, 10)
-    teacher = runs.load_network(teacher_folder).model
+    student, _, _ = configured.create_student(config, 10)
+    teacher = networks.load(teacher_folder).model
     for model in (student, teacher):
         for module in model.modules():
             if hasattr(module, "fused_attn"):
@@ -99,7 +99,7 @@ def test_the_loop_computes_what_a_naive_loop_does(student_yaml: Path, teacher: P
     plain = ["augment.padding=0", "augment.flip=false"]
     _, events = run(student_yaml, *plain)
     config = configuration.load(student_yaml, ["name=run", *plain])
-    expected = naive(config, runs.checkpoint_of(teacher))
+    expected = naive(config, teacher)
     ours = [e["total"] for e in of(events, "train")]
     assert len(ours) == len(expected) == 16
     np.testing.assert_allclose(
@@ -291,8 +291,12 @@ def test_evaluate_agrees_with_the_run_and_measures_agreement(student_yaml: Path)
     assert result["accuracy"]["16"] == pytest.approx(of(events, "summary")[0]["test_accuracy"])
     assert 0 <= result["agreement"]["16"]["mse"] < 1
     assert -1 <= result["agreement"]["16"]["correlation"] <= 1
-    assert json.loads((folder / "evaluation.json").read_text()) == result
-    bare = evaluate.evaluate(runs.checkpoint_of(folder, "last"), resolutions=[12])
+    kept = folder / "evaluation" / "test-8-12-16-best.json"
+    assert json.loads(kept.read_text()) == result
+    evaluate.evaluate(folder, split="val", resolutions=[16])
+    assert json.loads(kept.read_text()) == result
+    assert (kept.parent / "val-16-best.json").is_file()
+    bare = evaluate.evaluate(checkpoint.find(folder, "last")[0], resolutions=[12])
     assert set(bare["accuracy"]) == {"12"}
     with pytest.raises(UserError, match="was rendered at 8, 12, 16 px"):
         evaluate.evaluate(folder, resolutions=[20])
@@ -446,8 +450,8 @@ def test_wandb_without_an_account_is_one_line(student_yaml: Path, monkeypatch: p
 
 
 def test_events_that_are_no_mappings_are_left_out(tmp_path: Path) -> None:
-    (tmp_path / "events.jsonl").write_text('[1]\n{"event": "start", "step": 0}\n7\n')
-    assert read_events(tmp_path) == [{"event": "start", "step": 0}]
+    (tmp_path / "events.jsonl").write_text('[1]\n{"event": "start", "step": 0, "time": 1.5}\n7\n')
+    assert read_events(tmp_path) == [{"event": "start", "step": 0, "time": 1.5}]
 
 
 def test_a_batch_keeps_its_tokens_where_asked_and_the_rate_follows(student_yaml: Path) -> None:

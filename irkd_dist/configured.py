@@ -1,84 +1,22 @@
-"""Run folders and the models in them: what training, evaluation, reports and teachers read alike."""
+"""Networks as a configuration describes them: student and teacher, with the weights they start from."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from irkd_dist import checkpoint
+from irkd_dist import checkpoint, networks, runfolder
 from irkd_dist import config as configuration
-from irkd_dist.config import Config
+from irkd_dist.config import Config, Model
 from irkd_dist.data import shards
-from irkd_dist.distill import hub, models, start, weights
+from irkd_dist.distill import hub, models, weights
 from irkd_dist.distill.paper import PAPER_MODELS
 from irkd_dist.errors import UserError
-
-CONFIG, CHECKPOINTS, BEST = "config.yaml", "checkpoints", "best"
-STATUS, SAMPLES, SESSION = "status.json", "samples", "session"
-folder_of = configuration.folder_of
-
-
-@dataclass(frozen=True)
-class Network:
-    """A trained network with what it was trained for."""
-
-    model: nn.Module
-    classes: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    folder: Path  # the checkpoint it came from
-    notes: tuple[str, ...] = ()  # what was chosen, changed and left out when it was loaded
-
-
-def write_status(run: Path, state: str, step: int, world: int, reason: str = "") -> None:
-    """Say in `status.json` how a run stands: running, stopped (wants to go on), finished, or failed (does not).
-
-    A run that is `running` and has no process was killed. Whoever starts runs again decides by this, not by exit codes.
-    """
-    text = json.dumps(
-        {"state": state, "step": step, "time": round(time.time(), 1), "reason": reason, "world": world}
-    )
-    with contextlib.suppress(OSError):  # a full disk must not end the run
-        temporary = run / f".{STATUS}"
-        temporary.write_text(text + "\n")
-        temporary.replace(run / STATUS)
-
-
-def load_config(run: Path) -> Config:
-    """The configuration that a run was started with."""
-    if not (run / CONFIG).is_file():
-        raise UserError(f"{run} is no run folder: it has no {CONFIG}")
-    return configuration.read(run / CONFIG)
-
-
-def checkpoint_of(path: Path, which: str = "best") -> Path:
-    """The checkpoint that `path` means: itself, or of a run folder the last stage's best one, or the last.
-
-    Raises:
-        UserError: neither a run nor a checkpoint, or a run without a complete checkpoint.
-    """
-    if (path / checkpoint.STATE).is_file():
-        return path
-    if not (path / CHECKPOINTS).is_dir():
-        raise UserError(
-            f"{path} is neither a run folder (with {CHECKPOINTS}/) nor a checkpoint ({checkpoint.STATE})"
-        )
-    newest, skipped = checkpoint.newest(path / CHECKPOINTS)
-    if newest is None:
-        raise UserError(f"{path} has no complete checkpoint" + "".join(f"; {s}" for s in skipped))
-    best = checkpoint.load_state(newest)["curriculum"]["best_checkpoint"]
-    return path / best if which == "best" and best else newest
-
-
-def run_of(path: Path) -> Path:
-    """The run folder that a run or checkpoint path belongs to."""
-    return path.parent.parent if (path / checkpoint.STATE).is_file() else path
+from irkd_dist.networks import Network
 
 
 def create_student(config: Config, classes: int) -> tuple[nn.Module, dict[str, Any], list[str]]:
@@ -99,20 +37,8 @@ def create_student(config: Config, classes: int) -> tuple[nn.Module, dict[str, A
         "drop_path": spec.drop_path,
         "options": {**named.options, **spec.options},
     }
-    model, notes = start.create(spec, "student", named, arguments, read_weights)
+    model, notes = _create(spec, "student", named, arguments, read_weights)
     return model, arguments, notes
-
-
-def load_network(folder: Path) -> Network:
-    """Build a checkpoint's network and load its weights; `folder` is a checkpoint folder."""
-    state = checkpoint.load_state(folder)
-    arguments = dict(state["model"])
-    distilled = arguments["distilled"]
-    model = models.create_model(**arguments)
-    if distilled:  # outside training both heads are averaged
-        model.set_distilled_training(False)  # type: ignore[operator]
-    models.load_weights(model, checkpoint.load_student(folder), str(folder))
-    return Network(model.eval(), tuple(state["classes"]), tuple(state["mean"]), tuple(state["std"]), folder)
 
 
 def read_weights(path: Path, where: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -123,10 +49,10 @@ def read_weights(path: Path, where: str) -> tuple[dict[str, Tensor], list[str]]:
 
 def own_checkpoint(path: Path) -> Path | None:
     """The checkpoint of ours that a path of weights means, if it does."""
-    if path.name == checkpoint.STUDENT and (path.parent / checkpoint.STATE).is_file():
+    if path.name == runfolder.STUDENT and (path.parent / runfolder.STATE).is_file():
         return path.parent
-    if (path / checkpoint.STATE).is_file() or (path / CHECKPOINTS).is_dir():
-        return checkpoint_of(path)
+    if (path / runfolder.STATE).is_file() or (path / runfolder.CHECKPOINTS).is_dir():
+        return checkpoint.find(path)[0]
     return None
 
 
@@ -139,27 +65,13 @@ def load_teacher(config: Config, manifest: shards.Manifest) -> Network:
     spec = config.teacher
     assert spec is not None
     if spec.run is not None:
-        network = load_network(checkpoint_of(Path(spec.run)))
+        network = networks.load(Path(spec.run))
         where = f"teacher.run={spec.run}"
     else:
         assert spec.model is not None
         network = _timm_teacher(config, manifest)
         where = f"teacher.model={spec.model.name}"
-    if len(network.classes) != len(manifest.classes):
-        raise UserError(
-            f"{where} was trained for {len(network.classes)} classes, the shards in {config.data.shards} have "
-            f"{len(manifest.classes)}: train a teacher on these shards"
-        )
-    if network.classes != manifest.classes:
-        first = next(
-            i
-            for i, pair in enumerate(zip(network.classes, manifest.classes, strict=True))
-            if pair[0] != pair[1]
-        )
-        raise UserError(
-            f"{where}: its class {first} is {network.classes[first]!r}, the shards' is {manifest.classes[first]!r}: "
-            "its logits would mean other classes"
-        )
+    networks.check_classes(network.classes, manifest, config.data.shards, where)
     ours = (*manifest.mean, *manifest.std)
     theirs = (*network.mean, *network.std)
     if not spec.renormalize and not _near(ours, theirs):
@@ -202,7 +114,7 @@ def _timm_teacher(config: Config, manifest: shards.Manifest) -> Network:
         else own.distilled is True,
         "options": {**named.options, **own.options},
     }
-    model, notes = start.create(
+    model, notes = _create(
         replace(own, pretrained=own.pretrained or comes_with_weights),
         "teacher.model",
         named,
@@ -212,8 +124,10 @@ def _timm_teacher(config: Config, manifest: shards.Manifest) -> Network:
     if models.is_distilled(model):  # outside training both heads are averaged
         model.set_distilled_training(False)  # type: ignore[operator]
     mean, std, said = _teachers_normalisation(config, manifest, named)
-    folder = Path(own.weights or ".")
-    return Network(model.eval(), manifest.classes, mean, std, folder, (*notes, *said))
+    size, method = arguments["image_size"], config.loss.saliency.method
+    return Network(
+        model.eval(), manifest.classes, mean, std, size, (), method, Path(own.weights or "."), {}, (*notes, *said)
+    )  # fmt: skip
 
 
 def _teachers_normalisation(
@@ -225,7 +139,7 @@ def _teachers_normalisation(
     assert spec.model is not None
     if spec.mean is not None and spec.std is not None:
         return spec.mean, spec.std, []
-    found = start.own_normalisation(spec.model, named)
+    found = _own_normalisation(spec.model, named)
     ours = own_checkpoint(Path(spec.model.weights)) if spec.model.weights is not None else None
     if ours is not None:
         state = checkpoint.load_state(ours)
@@ -248,3 +162,96 @@ def _near(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 def _short(values: tuple[float, ...]) -> str:
     return "(" + ", ".join(f"{v:.4f}" for v in values) + ")"
+
+
+# ---- a network by name, and weights from elsewhere
+
+
+def _create(
+    spec: Model,
+    key: str,
+    named: hub.Named,
+    arguments: dict[str, Any],
+    read: Callable[[Path, str], tuple[dict[str, Any], list[str]]] = weights.read,
+) -> tuple[nn.Module, list[str]]:
+    """Create the network of `spec`, the configuration's `key`, and load the weights that it starts from.
+
+    named: what its name stands for; arguments: of `models.create_model`; read: what reads `spec.weights`.
+
+    Returns:
+        The network, and notes on what was chosen, changed and left out.
+
+    Raises:
+        UserError: no such model or weights, weights that do not fit or are not finite, or a server that is away.
+    """
+    if spec.weights is not None:
+        model, where = models.create_model(**arguments), f"{key}.weights={spec.weights}"
+        return model, _load(model, *read(Path(spec.weights), where), where, spec, key)
+    if named.weights is not None or named.repository:
+        model, where = models.create_model(**arguments), f"{key}.name={spec.name}"
+        if not spec.pretrained:
+            return model, [f"{where}: its weights are not loaded; {key}.pretrained=true starts from them"]
+        file = named.weights or hub.fetch(named.repository, weights.NAMES, where)
+        return model, _load(model, *weights.read(file, where), where, spec, key)
+    if not spec.pretrained:
+        return models.create_model(**arguments), []
+    return _of_timm(spec, key, named, arguments)
+
+
+def _load(
+    model: nn.Module, tensors: dict[str, Any], notes: list[str], where: str, spec: Model, key: str
+) -> list[str]:
+    """Fit weights to a network and load them; returns the notes, with those on the fit."""
+    reset_key = f"{key}.reset_head" if key == "student" else ""
+    fitted, changes = weights.fit(model, tensors, where, spec.reset_head and bool(reset_key), reset_key)
+    models.load_weights(model, fitted, where)
+    return [*notes, *changes]
+
+
+def _of_timm(
+    spec: Model, key: str, named: hub.Named, arguments: dict[str, Any]
+) -> tuple[nn.Module, list[str]]:
+    where = f"{key}.pretrained=true: {named.architecture}"
+    overlay = dict(arguments["options"].get("pretrained_cfg_overlay") or {})
+    if "file" not in overlay:
+        overlay |= hub.local_copy(named, f"{key}.pretrained=true")
+    arguments = {**arguments, "options": {**arguments["options"], "pretrained_cfg_overlay": overlay}}
+    model = models.create_model(**arguments, pretrained=True)
+    weights.require_finite(model.state_dict(), where)
+    notes, cfg = [], named.cfg
+    if cfg.get("num_classes") != arguments["classes"]:
+        notes.append(f"{where}: its head ({cfg.get('num_classes')} classes) is replaced by a new one")
+    size = (cfg.get("input_size") or (3, 0, 0))[-1]
+    if cfg.get("fixed_input_size") and size != arguments["image_size"]:
+        notes.append(
+            f"{where}: its position embeddings, of {size} px, are resampled to {arguments['image_size']} px"
+        )
+    if spec.patch is not None:
+        notes.append(f"{where}: its patch embedding is resampled if it is not of patch size {spec.patch}")
+    return model, notes
+
+
+def _own_normalisation(
+    spec: Model, named: hub.Named
+) -> tuple[tuple[float, float, float], tuple[float, float, float], str] | None:
+    """(mean, std, why) that a network with foreign weights wants its input normalised by; None if nothing says so."""
+    mean, std = named.cfg.get("mean"), named.cfg.get("std")
+    if (
+        not mean
+        or not std
+        or (named.weights is None and not named.repository and spec.name in models.PAPER_MODELS)
+    ):
+        return None
+    source = (
+        "its config.json"
+        if named.weights or named.repository
+        else f"timm's description of {named.architecture}"
+    )
+    return _three(mean, spec), _three(std, spec), source
+
+
+def _three(values: Any, spec: Model) -> tuple[float, float, float]:
+    if len(values) != 3:
+        raise UserError(f"{spec.name} wants {len(values)} colour channels; images have 3")
+    first, second, third = map(float, values)
+    return first, second, third

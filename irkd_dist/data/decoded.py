@@ -1,0 +1,172 @@
+"""Decoded images of a split at one stored resolution, and what is kept of them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from irkd_dist.data import memory, sampler
+from irkd_dist.data.shards import Encoding, Manifest, Split, decode, open_split
+from irkd_dist.errors import UserError
+
+Cache = Literal["none", "ram", "device"]
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Which samples are read: a split of a folder of shards, or `subset` of its samples."""
+
+    folder: Path
+    manifest: Manifest
+    split: str
+    subset: int | None = None
+    verify: Literal["checksum", "size"] = "checksum"
+
+    def open(self, resolution: int) -> Split:
+        """The split's shards at a stored resolution; raises UserError as `shards.open_split` does."""
+        return open_split(self.folder, self.manifest, self.split, resolution, self.verify)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where and by whom batches are made: it changes when the work is done, never its result."""
+
+    cache: Cache = "ram"
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    workers: int = 2
+
+
+def balanced_subset(labels: np.ndarray, count: int) -> np.ndarray:
+    """`count` sample ids, ascending, the same number of each class (one more or less): always the same ones.
+
+    Raises UserError when there are fewer than `count`, or none is asked for.
+    """
+    if not 0 < count <= len(labels):
+        raise UserError(f"subset={count} is not a part of the split; use 1 to {len(labels)}, its size")
+    shuffled = sampler.order(0, 0, len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    sorted_labels = labels[by_class]
+    turn = np.empty(len(labels), np.int64)  # a sample's turn within its class
+    turn[by_class] = np.arange(len(labels)) - np.searchsorted(sorted_labels, sorted_labels)
+    return np.sort(shuffled[np.argsort(turn[shuffled], kind="stable")][:count])
+
+
+class Images:
+    """Decoded images of a data set at a stored size: take(rows) gives uint8 (n, 3, size, size) on the device.
+
+    Threads may take at once: the rows of different steps differ, and a row filled twice gets the same pixels.
+
+    kept: where decoded images stay, as it was decided; note: why that is not what was asked for.
+    """
+
+    def __init__(self, data: Dataset, size: int, work: Work) -> None:
+        """Raises UserError as `Dataset.open` does; with cache "device" also for an image that cannot be read."""
+        self._split = data.open(size)
+        self._name, self._encoding = f"{data.folder} {data.split}", data.manifest.encoding
+        self._encoding: Encoding = data.manifest.encoding
+        self._device = work.device
+        self._cache: Tensor | None = None
+        self.size, self._shape = size, torch.Size([3, size, size])
+        try:
+            labels = self._split.labels
+            everything = np.arange(len(labels))
+            self.ids = everything if data.subset is None else balanced_subset(labels, data.subset)
+            self.labels = labels[self.ids]
+            self._filled = np.zeros(len(self.ids), dtype=bool)
+            self.note: str | None = None
+            self.kept = self._decide(work.cache)
+            if self.kept != "none":
+                place = work.device if self.kept == "device" else "cpu"
+                self._cache = torch.empty(len(self.ids), *self._shape, dtype=torch.uint8, device=place)
+            if self.kept == "device":
+                self._fill_all(work.workers)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def unfilled(self) -> int:
+        """Bytes of RAM that were promised to these images and are not in use yet."""
+        if self._cache is None or self._cache.device.type != "cpu":
+            return 0
+        return int(np.count_nonzero(~self._filled)) * self._shape.numel()
+
+    def close(self) -> None:
+        """Close the files and let the images go."""
+        self._split.close()
+        self._cache = None
+
+    def take(self, rows: np.ndarray) -> Tensor:
+        """The images of some rows."""
+        if self._cache is None:
+            return self._put(self._decode(rows))
+        self._fill(rows)
+        return self._put(self._cache.index_select(0, torch.from_numpy(rows).to(self._cache.device)))
+
+    def _decide(self, wanted: Cache) -> Cache:
+        """Where decoded images are kept; over the epochs that is nearly all of them, in every process."""
+        size = len(self.ids) * self._shape.numel()
+        if wanted == "device" and self._device.type == "cuda":
+            if size <= memory.DEVICE * (left := memory.left_on(self._device)):
+                return "device"
+            self._say(
+                f"{wanted}: they take {size / GIB:.2f} GiB of {left / GIB:.2f} left on it", "in RAM instead"
+            )
+            wanted = "ram"
+        if wanted != "none" and not memory.promise(self, size):
+            left = memory.left()
+            self._say(
+                f"{wanted}: they take {size / GIB:.2f} GiB of {left / GIB:.2f} left a process", "not at all"
+            )
+            return "none"
+        return wanted
+
+    def _say(self, why: str, instead: str) -> None:
+        self.note = f"{self._name} at {self.size} px: decoded images are kept {instead}, not data.cache={why}"
+
+    def _fill_all(self, workers: int) -> None:
+        parts = np.array_split(np.arange(len(self.ids)), -(-len(self.ids) // 1024))
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(self._fill, parts))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the loader's threads read on streams of their own
+
+    def _fill(self, rows: np.ndarray) -> None:
+        missing = rows[~self._filled[rows]]
+        if len(missing) and self._cache is not None:
+            images = self._decode(missing).to(self._cache.device)
+            self._cache[torch.from_numpy(missing).to(self._cache.device)] = images
+            self._filled[missing] = True
+
+    def _decode(self, rows: np.ndarray) -> Tensor:
+        ids = self.ids[rows].tolist()
+        images = [self._decode_one(i) for i in ids]
+        for i, image in zip(ids, images, strict=True):
+            if image.shape != self._shape:
+                raise self._unreadable(i, f"its shape is {tuple(image.shape)}, not {tuple(self._shape)}")
+        return torch.stack(images)
+
+    def _decode_one(self, i: int) -> Tensor:
+        try:
+            return decode(self._split.image(i), self._encoding)
+        except ValueError as error:
+            raise self._unreadable(i, str(error)) from error
+
+    def _unreadable(self, i: int, why: str) -> UserError:
+        return UserError(
+            f"{self._name} at {self.size} px: sample {self._split.keys[i]} cannot be read: {why}; "
+            "render again: the same `irkd render` command replaces what is damaged"
+        )
+
+    def _put(self, images: Tensor) -> Tensor:
+        if self._device.type == "cuda" and images.device.type == "cpu":
+            return images.pin_memory().to(self._device, non_blocking=True)
+        return images.to(self._device)
