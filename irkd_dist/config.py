@@ -279,7 +279,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `a.b=v` or `--a.b=v` overrides, and check everything that needs no data.
 
     A path that does not exist is also looked up among the configurations that ship with the package. `${...}` and a
-    leading `~` are resolved here and nowhere else: not when a run folder or a checkpoint is read (`read`, `from_dict`).
+    leading `~` are resolved here and nowhere else: not when a run folder or a checkpoint is read (`from_dict`).
 
     Raises:
         UserError: no such file, not YAML, an unknown key, a wrong type, an impossible combination; the message
@@ -296,15 +296,6 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     config = from_dict(values, where)
     _check_name(config.name, where)
     return replace(config, references=references)
-
-
-def read(file: Path) -> Config:
-    """The configuration in a file that may be somebody else's: texts stay as they are.
-
-    Raises:
-        UserError: see `load`.
-    """
-    return from_dict(reading.mapping(file), str(file))
 
 
 def find(path: str | Path) -> Path:

@@ -19,8 +19,12 @@ from irkd_dist.errors import UserError
 from irkd_dist.networks import Network
 
 
-def create_student(config: Config, classes: int) -> tuple[nn.Module, dict[str, Any], list[str]]:
+def create_student(
+    config: Config, classes: int, normalisation: tuple[float, ...] | None = None
+) -> tuple[nn.Module, dict[str, Any], list[str]]:
     """Build the configured student with the weights it starts from.
+
+    classes, normalisation: of the shards, the latter mean and std; a student that was trained with another one is told.
 
     Returns:
         The network, the arguments that build it again (kept in checkpoints), and notes on its weights.
@@ -38,6 +42,12 @@ def create_student(config: Config, classes: int) -> tuple[nn.Module, dict[str, A
         "options": {**named.options, **spec.options},
     }
     model, notes = _create(spec, "student", named, arguments, read_weights)
+    own = _own_normalisation(spec, named) if spec.pretrained and spec.weights is None else None
+    if own is not None and normalisation is not None and not _near((*own[0], *own[1]), normalisation):
+        notes.append(
+            f"the student's weights were trained with mean {_short(own[0])} and std {_short(own[1])}, as {own[2]} has "
+            "it; it goes on with the shards' own"
+        )
     return model, arguments, notes
 
 

@@ -100,14 +100,16 @@ def read(file: Path) -> Any:
             content = handle.read(MAX_BYTES + 1)
     except OSError as error:
         raise unreadable(file, error) from error
-    if len(content) > MAX_BYTES:
-        raise UserError(f"{file} is no configuration: it has more than {MAX_BYTES} bytes")
-    value, _ = _parse(content, f"{file} is not YAML")
-    return value
+    return parse(content, f"{file} is not YAML")
 
 
-def parse(text: str, where: str) -> Any:
-    """The value of a short text, all of it; `where` begins the message of an error."""
+def parse(text: str | bytes, where: str) -> Any:
+    """The value of a text; `where` begins the message of an error."""
+    return _parse(text, where)[0]
+
+
+def parse_whole(text: str, where: str) -> Any:
+    """The value of a short text, in which nothing may be a comment."""
     value, end = _parse(text, where)
     if end is not None and (rest := text[end:].strip()):
         raise UserError(f"{where}: {rest!r} would not be read; quote the whole value")
@@ -120,6 +122,8 @@ def dump(value: Any) -> str:
 
 
 def _parse(text: str | bytes, where: str) -> tuple[Any, int | None]:
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{where}: it has more than {MAX_BYTES} bytes")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()

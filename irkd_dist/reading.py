@@ -59,11 +59,11 @@ def apply(tree: dict[str, Any], override: str, root: type) -> tuple[str, str]:
 def value_of(text: str, annotation: Any, shown: str) -> Any:
     """What an override gives its key: where that takes a text, the text as it stands, else what YAML makes of it."""
     if annotation is None or not keys.is_text(annotation):
-        return _none_to_null(plain.parse(text, shown))
+        return _none_to_null(plain.parse_whole(text, shown))
     if text in ("", "null", "None") or (text == "~" and keys.may_be_null(annotation)):
         return None
     if text[0] in "'\"" and text[-1] == text[0] and len(text) > 1:
-        return plain.parse(text, shown)
+        return plain.parse_whole(text, shown)
     return text
 
 
@@ -103,7 +103,7 @@ def resolved(tree: dict[str, Any], root: type, where: Origin) -> tuple[dict[str,
                 f"{where.of(key)}: {key}={written[key]!r} stands for a mapping; it may stand for one value"
             )
         if isinstance(value, str) and not keys.is_text(annotation):
-            plain.put(values, way, plain.parse(value, f"{where.of(key)}: {key}={written[key]!r}"))
+            plain.put(values, way, plain.parse_whole(value, f"{where.of(key)}: {key}={written[key]!r}"))
         elif keys.marked(annotation, PATH) or keys.is_operational(root, key):
             references[key] = written[key]
     return values, references

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from irkd_dist import plain
 from irkd_dist.errors import UserError, unreadable
 
 CONFIG, EVENTS, SESSION, OWNER = "config.yaml", "events.jsonl", "session", "owner"
@@ -487,19 +488,14 @@ def read_config(run: Path) -> dict[str, Any]:
     Raises:
         UserError: it has none, or it cannot be read.
     """
-    from omegaconf import OmegaConf
-
     file = run / CONFIG
     try:
-        text = read_bytes(file).decode()
-        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-        values = json.loads(json.dumps(tree))  # dates and bytes are no values of ours
-        if not isinstance(values, dict):
-            raise ValueError("it holds no mapping")
+        content = read_bytes(file)
     except FileNotFoundError:
         raise UserError(f"{run} is no run folder: it has no {CONFIG}") from None
     except OSError as error:
         raise unreadable(file, error) from error
-    except Exception as error:  # YAML's, OmegaConf's and its grammar's errors have no common kind
-        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    values = plain.parse(content, f"{file} cannot be read")
+    if not isinstance(values, dict):
+        raise UserError(f"{file} cannot be read: it holds no mapping")
     return values

@@ -15,12 +15,9 @@ from typing import Any
 
 import timm
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from yaml import YAMLError
 
-from irkd_dist import __version__, runfolder
+from irkd_dist import __version__, plain, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
 
@@ -56,14 +53,11 @@ def load(path: Path) -> Study:
     """
     file = configuration.find(path)
     try:
-        values = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
-        return TypeAdapter(Study).validate_python(values)
+        return TypeAdapter(Study).validate_python(plain.read(file))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"{file}: {key}: {first['msg'].lower()} (a study has {_keys()})") from error
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise UserError(f"{file}: {' '.join(str(error).split())}") from error
 
 
 def run(study: Study, overrides: list[str], out: Path | None, command: str) -> str:

@@ -1,13 +1,14 @@
 """The README's commands, one after the other, on real images; the demo on fewer shapes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from irkd_dist import __version__
+from irkd_dist import __version__, config
 from tests.training.launch import irkd
 
 SMALL = ["student.options={embed_dim: 32, depth: 2, num_heads: 2}", "data.batch=64", "precision=fp32"]
@@ -110,7 +111,8 @@ def test_wrong_input_is_one_line_and_code_2(arguments: list[str], message: str) 
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(b"a: [", "did not find"), (b"- 1", "input should be"), (b"\xff\xfe\x00", "codec")]
+    ("text", "message"),
+    [(b"a: [", "is not YAML: line 1"), (b"- 1", "input should be"), (b"\xff\xfe\x00", "is not YAML")],
 )
 def test_a_study_that_cannot_be_read_is_one_line(tmp_path: Path, text: bytes, message: str) -> None:
     (tmp_path / "study.yaml").write_bytes(text)
@@ -126,6 +128,56 @@ def test_a_file_in_the_way_is_one_line(student_run: Path) -> None:
     assert done.returncode == 2
     assert "Is a directory" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+    (kept,) = student_run.glob("crash-*.txt")
+    assert f"(the traceback is in {kept})" in done.stderr
+    assert "IsADirectoryError" in kept.read_text()
+
+
+def test_a_bug_is_one_line_and_its_traceback_is_kept(student_run: Path) -> None:
+    command = [sys.executable, "-m", "irkd_dist", "train", str(student_run.parent / "a.yaml"), "name=a"]
+    environment = {**os.environ, "IRKD_FAULT": "bug@step:0:0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    (kept,) = student_run.glob("crash-*.txt")
+    assert done.stderr == (
+        f"irkd: error: RuntimeError: a bug on purpose at step:0:0 (the traceback is in {kept})\n"
+    )
+    assert kept.read_text().startswith(
+        " ".join([str(Path(config.__file__).parent / "__main__.py"), *command[3:]])
+    )
+    assert "Traceback" in kept.read_text()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_terminal_shows_any_name(encoding: str, student_run: Path) -> None:
+    name = "ü\u2013\U0001f600[red]x[/b]:smile:"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-m", "irkd_dist", "train", str(student_run.parent / "a.yaml"), f"name={name}"]
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    shown = name.encode(encoding, errors="backslashreplace")
+    assert shown in done.stdout.replace(b"\n", b"")
+    assert (student_run.parent / name / "config.yaml").is_file()
+
+
+def test_the_last_override_holds_and_none_is_taken_for_an_option(student_run: Path) -> None:
+    file = str(student_run.parent / "a.yaml")
+    shown = irkd(
+        "train", file, "--optim.lr=1e-3", "--print-config", "optim.lr=2e-3", "--optim.lr=3e-3", "seed=5"
+    ).stdout
+    assert "lr: 0.003" in shown
+    assert "seed: 5" in shown
+    done = irkd("train", file, "--print-c", check=False)
+    assert done.returncode == 2
+    assert "unrecognized arguments: --print-c" in done.stderr
+
+
+def test_what_loads_no_torch() -> None:
+    """Help, the configuration and its errors: a second of imports is not for them."""
+    script = "import sys; from irkd_dist.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    for arguments in (["train", "configs/cifar10/cpu/kd.yaml", "--print-config"], ["train", "nothing.yaml"]):
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
 @pytest.fixture

@@ -155,7 +155,7 @@ def test_a_key_that_takes_text_takes_it_whole(base: Path, tmp_path: Path, key: s
     assert value_of(c, key) == text
     again = tmp_path / "again.yaml"
     again.write_text(config.to_yaml(c))
-    assert value_of(config.read(again), key) == text
+    assert value_of(config.from_dict(plain.read(again), "again"), key) == text
     quoted = text.replace("'", "''")
     assert value_of(config.load(base, [f"{key}='{quoted}'", "student.patch=4"]), key) == text
 
@@ -222,7 +222,7 @@ def test_references_are_resolved_for_their_own_user_alone(
     assert "s3cret" not in config.to_yaml(c) + str(config.to_dict(c))
     kept = tmp_path / "kept.yaml"
     kept.write_text(config.to_yaml(c))
-    read = config.read(kept)
+    read = config.from_dict(plain.read(kept), "kept")
     assert (read.track.project, read.out, read.optim.lr) == ("p-${oc.env:PLACE}", "${oc.env:PLACE}/r", 1e-4)
     assert config.to_dict(config.from_dict(config.to_dict(c), "here")) == config.to_dict(c)
     assert "s3cret" not in config.to_yaml(dataclasses.replace(c, engine="ddp"))

@@ -171,6 +171,9 @@ def local_copy(named: Named, where: str) -> dict[str, Any]:
         raise UserError(
             f"{where}: timm has no pretrained weights of {name}; names with a tag in timm.list_pretrained() do"
         )
-    if not (Path(torch.hub.get_dir()) / "checkpoints" / Path(urllib.parse.urlsplit(url).path).name).is_file():
+    file = Path(urllib.parse.urlsplit(url).path).name
+    if not Path(
+        f"{torch.hub.get_dir()}/checkpoints/{file}"
+    ).is_file():  # where torch.hub keeps what it fetched
         require_answer(url, where, name)
     return {}

@@ -63,7 +63,9 @@ def build(config: Config, engine: Engine) -> Parts:
     notes = preflight.notes(config, engine)
 
     torch.manual_seed(config.seed)
-    student, arguments, weight_notes = configured.create_student(config, len(manifest.classes))
+    student, arguments, weight_notes = configured.create_student(
+        config, len(manifest.classes), (*manifest.mean, *manifest.std)
+    )
     notes += weight_notes
     patch = models.patch_size(student)
     if patch is not None:

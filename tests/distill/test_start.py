@@ -17,10 +17,11 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from torch import nn
 
-from irkd_dist import config, runs
+from irkd_dist import config, configured
 from irkd_dist.data import shards
 from irkd_dist.distill import hub, models
 from irkd_dist.errors import UserError
+from irkd_dist.networks import Network
 
 CHANNELS = {"channels": [8, 8, 8, 8]}
 HALF = (0.5, 0.5, 0.5)
@@ -53,7 +54,7 @@ def configuration(
 
 
 def student(**spec: Any) -> tuple[nn.Module, list[str]]:
-    model, _, notes = runs.create_student(configuration(spec), 3)
+    model, _, notes = configured.create_student(configuration(spec), 3)
     return model, notes
 
 
@@ -77,11 +78,20 @@ def test_a_folder_is_a_model_with_its_weights(tmp_path: Path, prefix: str) -> No
     assert notes == [
         f"student.name={name}: its weights are not loaded; student.pretrained=true starts from them"
     ]
-    _, arguments, _ = runs.create_student(configuration({"name": name}), 3)
+    _, arguments, _ = configured.create_student(configuration({"name": name}), 3)
     assert (arguments["name"], arguments["options"]) == ("resnet10t", CHANNELS), (
         "built again without the folder"
     )
     assert json.dumps(arguments)
+
+
+def test_a_student_goes_on_with_the_shards_normalisation_and_says_so(tmp_path: Path) -> None:
+    folder_of_timm(tmp_path / "m", 3)
+    config = configuration({"name": f"local-dir:{tmp_path / 'm'}", "pretrained": True})
+    assert configured.create_student(config, 3, (*HALF, *HALF))[2] == []
+    (note,) = configured.create_student(config, 3, (*HALF, 0.2, 0.2, 0.2))[2]
+    assert "were trained with mean (0.5000, 0.5000, 0.5000) and std (0.5000" in note
+    assert note.endswith("it goes on with the shards' own")
 
 
 def test_the_folders_head_of_another_size(tmp_path: Path) -> None:
@@ -120,7 +130,7 @@ def test_names_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no .*/nowhere/config\.json"):
         hub.look_up(f"local-dir:{tmp_path}/nowhere", "student.name")
     with pytest.raises(
-        UserError, match=r"a folder with config.json is local-dir:org/name, a model of the hub hf-hub:org"
+        UserError, match=r"a folder with config\.json is local-dir:org/name, a model of the hub hf-hub:org"
     ):
         hub.look_up("org/name", "student.name")
     with pytest.raises(UserError, match="no model is named 'resnet10'; did you mean"):
@@ -204,9 +214,9 @@ def test_a_server_that_says_no_is_there() -> None:
 # -- teachers -----------------------------------------------------------------------------------------
 
 
-def teacher(shapes: Path, model: dict[str, Any], **spec: Any) -> tuple[runs.Network, shards.Manifest]:
+def teacher(shapes: Path, model: dict[str, Any], **spec: Any) -> tuple[Network, shards.Manifest]:
     manifest = shards.load_manifest(shapes)
-    return runs.load_teacher(configuration(teacher={"model": model, **spec}), manifest), manifest
+    return configured.load_teacher(configuration(teacher={"model": model, **spec}), manifest), manifest
 
 
 def saved(file: Path, name: str, classes: int, **options: Any) -> nn.Module:
