@@ -449,6 +449,7 @@ def test_names_and_orders_that_a_user_gives(tmp_path: Path) -> None:
     file.write_text("sea lion\nfox, red\n\n")
     assert naming.given(str(file)) == ("sea lion", "fox, red")
     assert naming.given("a, b") == ("a", "b")
+    assert len(naming.given(",".join(map(str, range(1000))))) == 1000
     os.mkfifo(tmp_path / "fifo")
     for wrong in ("a,,b", "a,a", str(tmp_path / "none.txt"), str(tmp_path), str(tmp_path / "fifo"), ""):
         with pytest.raises(UserError, match="--classes"):
