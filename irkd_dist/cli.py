@@ -247,6 +247,14 @@ def _check_options(arguments: argparse.Namespace) -> None:
 
 def _render(arguments: argparse.Namespace) -> int:
     _check_options(arguments)
+    try:
+        return _render_source(arguments)
+    except KeyboardInterrupt:
+        say("irkd: interrupted; the same command goes on from here")
+        return 130
+
+
+def _render_source(arguments: argparse.Namespace) -> int:
     with _imports():
         from irkd_dist.data import preview, render
         from irkd_dist.data.sources import naming, open_source
@@ -264,15 +272,11 @@ def _render(arguments: argparse.Namespace) -> int:
         size=max(resolutions) if arguments.size is None else arguments.size,
         classes=naming.given(arguments.classes) if arguments.classes is not None else None,
     )  # fmt: skip
-    try:
-        with count_bar("shards") as (progress, tell):
-            manifest = render.render(
-                source, arguments.out, options, overwrite=arguments.overwrite, part=_part(arguments.part),
-                progress=progress, warn=lambda text: tell(f"warning: {printable(text)}"),
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        say("irkd: interrupted; the same command goes on from here")
-        return 130
+    with count_bar("shards") as (progress, tell):
+        manifest = render.render(
+            source, arguments.out, options, overwrite=arguments.overwrite, part=_part(arguments.part),
+            progress=progress, warn=lambda text: tell(f"warning: {printable(text)}"),
+        )  # fmt: skip
     if manifest is not None:
         splits = ", ".join(f"{count} {split}" for split, count in manifest.splits.items())
         sizes = ", ".join(map(str, manifest.resolutions))

@@ -54,7 +54,7 @@ def decode(data: bytes, encoding: Encoding) -> torch.Tensor:
 
     if encoding == "npy":
         return _decode_npy(data)
-    if (encoding == "png" and not plain_png(data)) or (encoding == "jpg" and not _modest_jpeg(data)):
+    if not {"png": plain_png, "jpg": _modest_jpeg, "webp": _modest_webp}[encoding](data):
         return _decode_by_pillow(data, encoding)
     try:
         # bytearray: a tensor over read-only bytes makes torch warn
@@ -104,6 +104,12 @@ def _modest_jpeg(data: bytes) -> bool:
     return False
 
 
+def _modest_webp(data: bytes) -> bool:
+    """The same of a lossless WebP, as we write them."""
+    size = int.from_bytes(data[21:25], "little")
+    return data[12:16] == b"VP8L" and ((size & 0x3FFF) + 1) * ((size >> 14 & 0x3FFF) + 1) <= _MOST_PIXELS
+
+
 def _decode_by_pillow(data: bytes, encoding: Encoding) -> torch.Tensor:
     import torch
 
@@ -111,6 +117,8 @@ def _decode_by_pillow(data: bytes, encoding: Encoding) -> torch.Tensor:
 
     try:
         image = Image.open(io.BytesIO(data), formats=[{"jpg": "JPEG"}.get(encoding, encoding)])
+        if image.width * image.height > _MOST_PIXELS:
+            raise ValueError(f"it says that it has {image.width} x {image.height} pixels")
         pixels = np.array(rgb(image))
     except Exception as error:  # damaged files make Pillow raise nearly anything
         reason = "no such header" if isinstance(error, Image.UnidentifiedImageError) else error

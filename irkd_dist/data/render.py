@@ -165,7 +165,7 @@ def _claim(out: Path, parts: Path, plan: str, overwrite: bool) -> None:
     """Make the folder ours, unless another render is in it. Only what a render wrote is ever removed."""
     marker = parts / "plan"
     try:
-        before = marker.read_text() if marker.exists() else None
+        before = files.read(marker).decode(errors="replace") if marker.exists() else None
         if before == plan:
             return
         if before is not None or (out / shards.MANIFEST).exists():

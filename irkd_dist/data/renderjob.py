@@ -174,10 +174,10 @@ def _reason(error: BaseException) -> str:
 def finished(work: Work, job: Job) -> Record | None:
     """The job's record, if all its files are there and as it says."""
     try:
-        raw = json.loads((work.out / shards.PARTS / f"{job.name}.json").read_text())
+        raw = json.loads(files.read(work.out / shards.PARTS / f"{job.name}.json"))
         raw.pop("upscaled", None)  # of a render before facts were counted
         record = Record(**raw | {"shards": {k: Shard(**v) for k, v in raw["shards"].items()}})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     whole = all(
         shards.damage(work.out / key / shard.name, shard) is None for key, shard in record.shards.items()

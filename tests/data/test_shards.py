@@ -436,6 +436,15 @@ def test_npy_that_is_no_8_bit_image_is_refused(array: np.ndarray) -> None:
         shards.decode(stream.getvalue(), "npy")
 
 
+def test_a_webp_of_a_huge_size_gets_no_memory() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "WEBP", lossless=True)
+    data = bytearray(stream.getvalue())
+    data[21:25] = (16382 | 16382 << 14).to_bytes(4, "little")  # libwebp would make 16,383 px of what is there
+    with pytest.raises(ValueError, match="not a readable webp"):
+        shards.decode(bytes(data), "webp")
+
+
 def test_a_jpeg_of_a_huge_size_gets_no_memory() -> None:
     stream = io.BytesIO()
     Image.new("RGB", (8, 8)).save(stream, "JPEG")

@@ -309,6 +309,15 @@ def test_a_flat_test_folder_is_left_out_and_told(tmp_path: Path, name: str) -> N
     )
 
 
+def test_train_beside_what_is_no_split(tmp_path: Path) -> None:
+    """As Kaggle's test1/: what holds class folders and is called train is no class of that name."""
+    _tree(tmp_path / "train")
+    _flat(tmp_path / "test1", 4)
+    source = open_source("folder", tmp_path)
+    assert (source.classes, list(source.labels)) == (("ant", "bee"), ["train"])
+    assert source.notes == ("test1/ is beside the folders of splits and is left out",)
+
+
 def test_a_test_folder_with_one_folder_that_is_no_class(tmp_path: Path) -> None:
     """As those who must have a class folder put unlabelled images: test/unknown/*.png."""
     _tree(tmp_path / "train")
@@ -449,6 +458,7 @@ def test_names_and_orders_that_a_user_gives(tmp_path: Path) -> None:
     file.write_text("sea lion\nfox, red\n\n")
     assert naming.given(str(file)) == ("sea lion", "fox, red")
     assert naming.given("a, b") == ("a", "b")
+    assert len(naming.given(",".join(map(str, range(1000))))) == 1000
     os.mkfifo(tmp_path / "fifo")
     for wrong in ("a,,b", "a,a", str(tmp_path / "none.txt"), str(tmp_path), str(tmp_path / "fifo"), ""):
         with pytest.raises(UserError, match="--classes"):

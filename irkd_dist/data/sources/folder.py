@@ -78,7 +78,10 @@ def _roots(path: Path, notes: list[str]) -> dict[str, Path]:
         split: [f for f in splits if SPLITS[f.name.lower()] == split] for split in ("train", "val", "test")
     }
     classes_in_train = any(_subfolders(folder) for folder in found["train"])
-    if others and not (classes_in_train and len(splits) > 1):
+    alone = (
+        classes_in_train and not any(map(_count_images, found["train"])) and not any(map(_subfolders, others))
+    )
+    if others and not (alone or (classes_in_train and len(splits) > 1)):
         notes += [f"{folder.name}/ is taken for a class: beside it is {others[0].name}/" for folder in splits]
         return {"train": path}
     if not found["train"]:

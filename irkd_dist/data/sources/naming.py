@@ -29,9 +29,9 @@ def class_name(raw: str) -> tuple[str, str | None]:
 def given(text: str) -> tuple[str, ...]:
     """The names of --classes: a file with one a line, or names with commas between. Raises UserError."""
     file, names = Path(text), text.split(",")
-    if file.exists() or len(names) == 1:
+    if os.path.exists(text) or len(names) == 1:  # not file.exists(): a long list is no name of a file
         with reading(file, ValueError):
-            if not file.is_file():
+            if not os.path.isfile(text):
                 raise UserError(f"--classes {text} is no file, and no list of names such as cat,dog")
             names = file.read_text("utf-8-sig").splitlines()
     names = [printable(name.strip()) for name in names]
@@ -88,7 +88,9 @@ def _renumbered(source: Source, found: list[int]) -> Source:
         split: np.where(old < 0, old, np.searchsorted(order, old)) for split, old in source.labels.items()
     }
     note = f"labels {_span(found)} became 0 to {len(found) - 1}: no class without an image"
-    return replace(source, labels=labels, notes=(*source.notes, note))
+    # another plan: a render from before labels were renumbered must not be mixed with this one
+    digest = fingerprint(source.fingerprint, found)
+    return replace(source, labels=labels, fingerprint=digest, notes=(*source.notes, note))
 
 
 def _span(found: list[int]) -> str:

@@ -57,7 +57,7 @@ def open_parquet(path: Path, image_column: str | None, label_column: str | None)
 
 
 def _reading(file: Path) -> contextlib.AbstractContextManager[None]:
-    return reading(file, pa.ArrowException, ValueError)
+    return reading(file, pa.ArrowException, ValueError, IndexError)
 
 
 def _only(names: dict[tuple[str, ...], Path]) -> tuple[str, ...]:
@@ -152,7 +152,8 @@ def _rows(file: Path, image: str, wanted: np.ndarray) -> Iterator[Raw]:
             with _reading(file):
                 column = table.read_row_group(group, columns=[image]).column(0)
             for row in here:
-                value = column[int(row)].as_py()
+                with _reading(file):
+                    value = column[int(row)].as_py()
                 data = value.get("bytes") if isinstance(value, dict) else value
                 yield Raw(f"{file.name} row {first + int(row)}", data if isinstance(data, bytes) else b"")
         first += rows
