@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 from irkd_dist import checkpoint, runfolder
 from irkd_dist import config as configuration
@@ -24,11 +26,10 @@ def run(folder: Path) -> list[str]:
         found += [f"{folder}/{problem}"] if problem else []
     kept = [*runfolder.steps(folder / runfolder.CHECKPOINTS), *runfolder.bests(folder)]
     found += [problem for one in kept for problem in checkpoint_folder(one)]
-    if kept:  # what the newest counts on
-        try:
-            found += checkpoint.missing_bests(folder, checkpoint.load_state(kept[0]))
-        except UserError:
-            pass  # named above
+    with contextlib.suppress(UserError):  # named above
+        state = checkpoint.load_state(kept[0]) if kept else {}
+        found += [f"{folder / text}" for text in checkpoint.missing_bests(folder, state)]
+        found += _other_config(folder, state.get("config"))
     found += [f"{folder}: {problem}" for problem in panels.load(folder)[1]]
     for file in runfolder.evaluation_files(folder):
         try:
@@ -58,6 +59,17 @@ def _config(folder: Path) -> list[str]:
     except UserError as error:
         return [str(error)]
     return []
+
+
+def _other_config(folder: Path, trained: dict[str, Any] | None) -> list[str]:
+    """Where the configuration beside the checkpoints is not the one that the newest was trained with."""
+    if trained is None:
+        return []
+    own = configuration.from_dict(runfolder.read_config(folder), str(folder / runfolder.CONFIG))
+    known = configuration.from_dict(trained, str(folder))  # with the keys that came since, at their defaults
+    changed = configuration.semantic_difference(configuration.to_dict(known), configuration.to_dict(own))
+    what = f"{folder / runfolder.CONFIG}: not that of the newest checkpoint: "
+    return [what + "; ".join(changed)] if changed else []
 
 
 def _events(folder: Path) -> list[str]:
