@@ -58,7 +58,7 @@ def test_a_network_is_what_its_checkpoint_says(trained: Path) -> None:
     network = networks.load(trained / "student")
     state = json.loads((network.folder / "state.json").read_text())
     assert network.folder.parent.name == "best"
-    assert network.taps == tuple(state["taps"]) == ("blocks.0", "blocks.1", "blocks.1.norm1")
+    assert network.taps == tuple(state["taps"]) == ("blocks.0", "blocks.1.norm1")
     assert (network.method, network.size, len(network.classes)) == ("gradient", 16, 10)
     kept = checkpoint.load_student(network.folder)
     assert all(torch.equal(v, kept[k]) for k, v in network.model.state_dict().items())
@@ -156,7 +156,7 @@ def test_the_start_says_command_sizes_and_images(trained: Path) -> None:
     for words in (
         "110 train, 13 val, 20 test",
         "the teacher&#39;s",
-        "2 epochs done" if False else "1 epochs done",
+        "1 epochs done",
     ):
         assert words in text
 
@@ -182,8 +182,9 @@ def test_verify_names_the_file_with_one_flipped_bit(trained: Path, tmp_path: Pat
     file = max(run.glob(name))
     spoil(file)
     found = verify_runs.run(run)
-    assert len(found) == 1 or "stage-01" in name, found
-    assert any((file.name in line and file.parent.name in line) or file.name in line for line in found), found
+    assert found
+    # the newest checkpoint counts on the best, so that one is named for both reasons
+    assert all(file.name in line or file.parent.name in line for line in found), found
 
 
 def test_verify_names_every_other_kind(runs: Path) -> None:
