@@ -29,7 +29,7 @@ import torch
 from timm.task import LogitDistillationTask
 from torch import nn
 
-from irkd_dist.distill import models
+from irkd_dist.distill import models, taps
 from irkd_dist.distill.module import Distiller, Objective, Targets
 from irkd_dist.distill.teacher import Teacher, freeze
 from irkd_dist.training.engines import autocast_dtype
@@ -62,7 +62,7 @@ def make_step(
                 return task(images, labels)["loss"]
     else:
         gamma = 0.8 if variant == "saliency" else 0.0
-        pairs = models.tap_pairs(student, teacher, ["first", "second", "last"], "gradient")
+        pairs = taps.tap_pairs(student, teacher, ["first", "second", "last"], "gradient")
         if gamma or device.type == "cpu":
             models.without_fused_attention(student)
         objective = Objective(temperature=TEMPERATURE, taps=tuple(s.path for s, _ in pairs))

@@ -1,13 +1,13 @@
 """The process of one command: `irkd`, `python -m irkd_dist`, and so `accelerate launch -m irkd_dist`."""
 
 import atexit
+import contextlib
+import io
 import os
 import sys
-import traceback
 from typing import NoReturn
 
 from irkd_dist.cli import main
-from irkd_dist.errors import place, say
 
 
 def program() -> NoReturn:
@@ -17,25 +17,15 @@ def program() -> NoReturn:
     C++ destructors meet threads that still wait in a collective, which aborts. What has registered to be called at
     the end is called; the rest is the operating system's.
     """
-    try:
-        code = main()
-    except Exception as error:
-        _say(error)
-        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of ASCII gets what it cannot show as \\xb1
+            stream.reconfigure(errors="backslashreplace")
+    code = main()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError):  # whoever read has read enough
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
-
-
-def _say(error: Exception) -> None:
-    """Print the traceback, each line with its rank and host if there are several; torchrun's summary gets it too."""
-    for line in traceback.format_exc().splitlines():
-        say(place() + line)
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)
 
 
 if __name__ == "__main__":

@@ -1,50 +1,53 @@
 """The typed configuration tree: one YAML is one experiment; strict loading, overrides, and the resolved dump.
 
-Keys are semantic (they change the numbers) or operational (they may change on resume, see `OPERATIONAL`).
+Keys are semantic (they change the numbers) or, where `OPERATIONAL` stands at them, may change on resume.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-import re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from irkd_dist import keys, plain, reading
 from irkd_dist.data.recipe import Augment
-from irkd_dist.distill.paper import PAPER_MODELS
+from irkd_dist.distill import methods
+from irkd_dist.distill.paper import PAPER_MODELS, PAPER_PATCH
 from irkd_dist.errors import UserError
+from irkd_dist.keys import OPERATIONAL, PATH
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Side = Annotated[int, Field(gt=0, le=4096)]  # of an image, in pixels
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+BetaShape = Annotated[float, Field(ge=0, le=1000)]
 
-_strict = ConfigDict(extra="forbid")
+_strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Data:
     """Shards rendered by `irkd render`, and how batches are made of them."""
 
-    shards: str = "shards/cifar10"  # folder with manifest.json
-    batch: Positive = 128  # global batch, over all processes
+    # folder with manifest.json; operational because its content is compared by digest
+    shards: Annotated[str, OPERATIONAL, PATH] = "shards/cifar10"
+    batch: Annotated[int, Field(gt=0, le=2**20)] = 128  # global batch, over all processes
     subset: Positive | None = None  # train on this many images (class-balanced, fixed choice)
-    leave_out: list[NonNegative] = field(
-        default_factory=list
-    )  # steps of the run whose batches are not trained on
+    # steps of the run whose batches are not trained on
+    leave_out: Annotated[list[NonNegative], OPERATIONAL] = field(default_factory=list)
     centre_crop: bool = False  # crop-mode shards: evaluate on a centre crop instead of a resize
-    cache: Literal["none", "ram", "device"] = "ram"  # decoded images kept after the first epoch
-    workers: Positive = 2  # decoding threads
-    verify: Literal["checksum", "size"] = "checksum"  # of shards, when they are opened
+    # decoded images kept after the first epoch
+    cache: Annotated[Literal["none", "ram", "device"], OPERATIONAL] = "ram"
+    workers: Annotated[int, Field(gt=0, le=1024), OPERATIONAL] = 2  # decoding threads
+    # of shards, when they are opened
+    verify: Annotated[Literal["checksum", "size"], OPERATIONAL] = "checksum"
     # slices of each batch that seeds and the order of sums belong to: a power of two; 1, 2, 4, ... processes up to it
     # then give the same bits under engine=ddp. null: a slice a process, and worlds agree up to rounding
     virtual_ranks: Positive | None = None
@@ -53,16 +56,19 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    """A network: one of the paper's (custom, vit_tiny, vit_small) or any timm model by name."""
+    """A network: one of the paper's (custom, vit_tiny, vit_small), any timm model by name, or one with its weights:
+    `local-dir:FOLDER` (as timm saves it) or `hf-hub:ORG/NAME`."""
 
     name: str = "custom"
-    patch: Positive | None = 4  # null: the model's own
-    image_size: Positive | None = None  # size its position embeddings are made for; null: the largest stage
+    patch: Side | None = None  # null: the model's own; left out: 4 for the paper's models, else null
+    image_size: Side | None = None  # size its position embeddings are made for; null: the largest stage
     distilled: bool | Literal["auto"] = "auto"  # distillation token; auto: when logits are distilled
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    pretrained: bool = False  # timm's weights, downloaded
-    weights: str | None = None  # safetensors file or checkpoint folder to start from
+    pretrained: bool = False  # the weights that timm, the folder or the hub has for it
+    # weights to start from: a safetensors or PyTorch file, or a run, checkpoint or Hugging Face folder
+    weights: Annotated[str | None, PATH] = None
+    reset_head: bool = False  # a new head where that of the weights has another number of classes
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.create_model
     __pydantic_config__ = _strict
 
@@ -71,7 +77,8 @@ class Model:
 class Teacher:
     """Where the teacher comes from: a run of ours, or any timm model with a weights file."""
 
-    run: str | None = None  # run folder (its best checkpoint is taken) or checkpoint folder
+    # run folder (its best checkpoint is taken) or checkpoint folder; its content is compared by digest
+    run: Annotated[str | None, OPERATIONAL, PATH] = None
     model: Model | None = None  # instead of a run; its weights from model.weights or model.pretrained
     view: Literal["matched", "full"] = (
         "matched"  # resolution the teacher sees: the student's, or the largest stored
@@ -79,10 +86,13 @@ class Teacher:
     schedule: Literal["final", "aligned"] = (
         "final"  # aligned: stage i of n gets the teacher as of (i + 1) / n of its run
     )
-    shard: bool = False  # spread its parameters over the processes (FSDP2): for one too large for a device
-    renormalize: bool = False  # feed it its own mean and std where they differ from the shards'
-    mean: tuple[float, float, float] | None = None  # its normalisation, for teacher.model; null: the shards'
-    std: tuple[float, float, float] | None = None
+    # spread its parameters over the processes (FSDP2): for one too large for a device
+    shard: Annotated[bool, OPERATIONAL] = False
+    # feed it its own mean and std where they differ from the shards'; left out: true for teacher.model
+    renormalize: bool = False
+    # its normalisation, for teacher.model; null: what its weights or timm say, else the shards'
+    mean: tuple[float, float, float] | None = None
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     __pydantic_config__ = _strict
 
 
@@ -104,7 +114,7 @@ class Saliency:
     """Alignment of saliency maps."""
 
     gamma: NonNegativeFloat = 0.0  # weight; 0 is off
-    method: Literal["gradient", "grad_cam", "hirescam", "attention"] = "gradient"
+    method: str = "gradient"  # a file of irkd_dist/distill/methods
     taps: str | list[Any] = field(
         default_factory=lambda: ["first", "second", "last"]
     )  # or all, numbers, pairs [s, t]
@@ -142,9 +152,11 @@ class Ends:
 class Stage(Ends):
     """One resolution of the curriculum."""
 
-    resolution: Positive
+    resolution: Side
     epochs: Positive | None = None  # at most; null: curriculum.epochs
-    teacher: str | None = None  # checkpoint folder for this stage; null: the teacher's schedule
+    teacher: Annotated[str | None, PATH] = (
+        None  # checkpoint folder for this stage; null: the teacher's schedule
+    )
     __pydantic_config__ = _strict
 
 
@@ -166,7 +178,7 @@ class Curriculum(Ends):
 class Fixed(Ends):
     """Training at one resolution with one optimizer to the end."""
 
-    resolution: Positive
+    resolution: Side
     epochs: Positive
     __pydantic_config__ = _strict
 
@@ -193,9 +205,9 @@ class Optim:
     eps: PositiveFloat = 1e-8
     clip: PositiveFloat | None = None  # global gradient norm
     # micro-batches that each process computes its share of the batch in; the global batch stays
-    accumulate: Positive = 1
+    accumulate: Annotated[int, Field(gt=0), OPERATIONAL] = 1
     # steps without a finite loss, since the last checkpoint, after which the run goes back to it (once)
-    max_skips: NonNegative = 10
+    max_skips: Annotated[int, Field(ge=0), OPERATIONAL] = 10
     policy: Literal["reset", "carry", "rewarm"] = "reset"
     rewarm_steps: Positive = 100  # under rewarm: steps of a linear warm-up at each new stage
     schedule: Schedule = field(default_factory=Schedule)
@@ -209,9 +221,7 @@ class Checkpoint:
     every_steps: Positive | None = None
     every_minutes: PositiveFloat | None = None
     keep: Positive = 2  # newest ones kept, besides the best of each stage
-    keep_epochs: Positive | None = (
-        None  # and every n-th epoch's for good (a teacher that intermediate stages use)
-    )
+    keep_epochs: Positive | None = None  # and every n-th epoch's for good (for intermediate stages' teachers)
     __pydantic_config__ = _strict
 
 
@@ -223,7 +233,9 @@ class Track:
     mode: Literal["online", "offline"] = "offline"  # of W&B; offline needs no account
     project: str = "irkd"
     log_every: Positive = 20  # steps between loss lines
-    panels: NonNegative = 4  # images whose saliency panels are kept at the end of each stage
+    panels: Annotated[int, Field(ge=0, le=1024)] = (
+        4  # images whose saliency panels are kept at the end of each stage
+    )
     samples: bool = False  # write down which samples each step saw, in samples/ of the run folder
     __pydantic_config__ = _strict
 
@@ -243,32 +255,22 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
     # auto: what `accelerate launch` was given, else ddp; zero0 to zero3 are DeepSpeed's ZeRO stages
-    engine: Literal["auto", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"] = "auto"
-    rank_timeout_s: PositiveFloat = 120.0  # a process without a sign of life for so long ends the run
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    track: Track = field(default_factory=Track)
-    name: str | None = None  # null: the config's stem and the seed (and the W&B run id in a sweep)
-    out: str = "runs"  # folder of run folders
+    engine: Annotated[Literal["auto", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"], OPERATIONAL] = (
+        "auto"
+    )
+    # torch.compile of student and teacher; auto: where engine and machine can, on: or refuse
+    compile: Annotated[Literal["auto", "on", "off"], OPERATIONAL] = "off"
+    # a process without a sign of life for so long ends the run
+    rank_timeout_s: Annotated[float, Field(gt=0, le=10**7), OPERATIONAL] = 120.0
+    checkpoint: Annotated[Checkpoint, OPERATIONAL] = field(default_factory=Checkpoint)
+    track: Annotated[Track, OPERATIONAL] = field(default_factory=Track)
+    # one folder below `out`; null: the config's stem and the seed (and the W&B run id in a sweep)
+    name: Annotated[str | None, OPERATIONAL] = None
+    out: Annotated[str, OPERATIONAL, PATH] = "runs"  # folder of run folders
+    # no key: `${...}` as it was written, by key, for `to_dict`; its value may be a secret and is not written down
+    references: Annotated[dict[str, str], OPERATIONAL] = field(default_factory=dict)
     __pydantic_config__ = _strict
 
-
-OPERATIONAL = (
-    "name",
-    "out",
-    "engine",
-    "rank_timeout_s",
-    "optim.accumulate",
-    "optim.max_skips",
-    "teacher.shard",
-    "checkpoint",
-    "track",
-    "data.shards",  # its content is compared by digest
-    "data.cache",
-    "data.workers",
-    "data.verify",
-    "data.leave_out",
-    "teacher.run",  # likewise
-)
 
 _ADAPTER = TypeAdapter(Config)
 
@@ -276,29 +278,33 @@ _ADAPTER = TypeAdapter(Config)
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `a.b=v` or `--a.b=v` overrides, and check everything that needs no data.
 
-    A path that does not exist is also looked up among the configurations that ship with the package.
+    A path that does not exist is also looked up among the configurations that ship with the package. `${...}` and a
+    leading `~` are resolved here and nowhere else: not when a run folder or a checkpoint is read (`read`, `from_dict`).
 
     Raises:
         UserError: no such file, not YAML, an unknown key, a wrong type, an impossible combination; the message
             names the key, its value and what would be right.
     """
     file = find(path)
-    try:
-        tree = OmegaConf.load(file)
-        if not OmegaConf.is_dict(tree):
-            raise UserError(f"{file} is not a mapping of keys to values")
-        for override in overrides or []:
-            _apply(tree, override)
-        values = OmegaConf.to_container(tree, resolve=True)
-    except (OmegaConfBaseException, ValueError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-        raise
-    if values.get("name") is None:  # type: ignore[union-attr]
-        values["name"] = _run_name(file, values.get("seed", 0))  # type: ignore[index,union-attr]
-    return from_dict(values, str(file))
+    tree = reading.mapping(file)
+    given = [reading.apply(tree, text, Config) for text in overrides or []]
+    where = reading.Origin(str(file), tuple(given))
+    values, references = reading.resolved(tree, Config, where)
+    reading.expand_home(values, Config, where)
+    if values.get("name") is None:
+        values["name"] = _run_name(file, values.get("seed", 0))
+    config = from_dict(values, where)
+    _check_name(config.name, where)
+    return replace(config, references=references)
+
+
+def read(file: Path) -> Config:
+    """The configuration in a file that may be somebody else's: texts stay as they are.
+
+    Raises:
+        UserError: see `load`.
+    """
+    return from_dict(reading.mapping(file), str(file))
 
 
 def find(path: str | Path) -> Path:
@@ -314,24 +320,32 @@ def find(path: str | Path) -> Path:
     raise UserError(f"no configuration file {str(path)!r}; those in configs/ can be named from anywhere")
 
 
-def from_dict(values: Any, where: str) -> Config:
+def from_dict(values: Any, where: str | reading.Origin) -> Config:
     """Build and check a configuration from plain values; `where` is named in errors."""
+    origin = reading.Origin(where) if isinstance(where, str) else where
+    if isinstance(values, dict) and "references" in values:
+        raise UserError(f"{origin.of('references')}: unknown key references")
+    if (wrong := plain.odd(values)) is not None:
+        raise UserError(f"{origin.of(wrong[0])}: {wrong[1]}")
     try:
-        config = _ADAPTER.validate_json(json.dumps(values), strict=True)
+        config = _ADAPTER.validate_json(json.dumps(_with_defaults(values)), strict=True)
     except ValidationError as error:
-        raise UserError("\n".join(f"{where}: {_explain(e)}" for e in error.errors()[:5])) from error
+        raise UserError(reading.explain(error.errors(), Config, origin)) from error
     check(config)
     return config
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain values of the whole tree, as YAML and JSON can hold them."""
-    return json.loads(json.dumps(asdict(config)))
+    """Plain values of the whole tree, as YAML and JSON can hold them; a `${...}` that stood in a text as it was."""
+    tree = json.loads(json.dumps(asdict(config)))
+    for key, text in tree.pop("references").items():
+        plain.put(tree, plain.keys_of(key) or [], text)
+    return tree
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved tree as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    """The tree as YAML, with its defaults."""
+    return plain.dump(to_dict(config))
 
 
 def stages(config: Config) -> list[Stage]:
@@ -364,11 +378,7 @@ def stage_lr(config: Config, resolution: int) -> float:
 
 def semantic_keys(tree: dict[str, Any]) -> dict[str, Any]:
     """The keys of a tree of plain values that change the numbers, as `a.b: value`."""
-    return {
-        key: value
-        for key, value in _flatten(tree).items()
-        if not any(key == op or key.startswith(op + ".") for op in OPERATIONAL)
-    }
+    return {key: value for key, value in _flatten(tree).items() if not keys.is_operational(Config, key)}
 
 
 def semantic_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -394,6 +404,10 @@ def check(config: Config) -> None:
     if config.curriculum is not None and not config.curriculum.stages:
         raise UserError("curriculum.stages is empty: give at least one {resolution: ..., epochs: ...}")
     loss = config.loss
+    if loss.saliency.method not in methods.names():
+        raise UserError(
+            f"loss.saliency.method={loss.saliency.method!r} is none of {', '.join(methods.names())}"
+        )
     if config.teacher is None and (loss.kd.alpha or loss.saliency.gamma):
         key, value = ("kd.alpha", loss.kd.alpha) if loss.kd.alpha else ("saliency.gamma", loss.saliency.gamma)
         raise UserError(
@@ -451,7 +465,7 @@ def check(config: Config) -> None:
 def check_engine(config: Config, engine: str) -> None:
     """Refuse what an engine cannot compute."""
     saliency = config.loss.saliency
-    if engine == "zero3" and saliency.gamma and saliency.method != "attention":
+    if engine == "zero3" and saliency.gamma and methods.inner_gradient(saliency.method):
         raise UserError(
             f"engine=zero3 with loss.saliency.method={saliency.method}: ZeRO-3 frees the parameters that the saliency "
             "gradient needs a second time, and DeepSpeed cannot differentiate through it; use engine=fsdp2 (fully "
@@ -492,71 +506,41 @@ def _resolutions(config: Config) -> dict[str, int]:
     }
 
 
-def _apply(tree: Any, override: str) -> None:
-    key, value = _parse_override(override)
-    try:
-        OmegaConf.update(tree, key, value, merge=False, force_add=True)
-    except (OmegaConfBaseException, IndexError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"override {override!r} does not fit: {str(error).splitlines()[0]}") from error
+def _with_defaults(values: Any) -> Any:
+    """Fill in what is left out and whose default is another key's business."""
+    if not isinstance(values, dict):
+        return values
+    values = dict(values)
+    teacher = values.get("teacher")
+    if isinstance(teacher, dict):
+        own = teacher.get("model")
+        values["teacher"] = {
+            "renormalize": own is not None,
+            **teacher,
+            **({"model": _with_patch(own)} if own else {}),
+        }
+    values["student"] = _with_patch(values.get("student", {}))
+    return values
 
 
-def _parse_override(text: str) -> tuple[str, Any]:
-    key, separator, value = text.removeprefix("--").partition("=")
-    if not separator or not re.fullmatch(r"[A-Za-z_][\w.\[\]]*", key):
-        raise UserError(f"override {text!r} is not of the form key=value or --key=value")
-    parsed = OmegaConf.from_dotlist([f"value={value}"]).get("value")
-    if OmegaConf.is_config(parsed):
-        parsed = OmegaConf.to_container(parsed)
-    return key, _plain(parsed)
+def _with_patch(model: Any) -> Any:
+    if not isinstance(model, dict):
+        return model
+    return {"patch": PAPER_PATCH if model.get("name", Model.name) in PAPER_MODELS else None, **model}
 
 
-def _plain(value: Any) -> Any:
-    """Python's None as W&B writes it, `None` in the midst of lists and mappings, is YAML's null."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return None if value == "None" else value
+def _check_name(name: str | None, where: reading.Origin) -> None:
+    parts = (name or "").split("/")
+    if {"", ".", ".."} & set(parts) or max(len(part.encode()) for part in parts) > 200:
+        raise UserError(
+            f"{where.of('name')}: name={reading.short(name)} is not the name of a folder below `out`: neither "
+            "absolute nor with . or .., and no part over 200 bytes; `out` says where runs go"
+        )
 
 
 def _run_name(file: Path, seed: object) -> str:
     sweep = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
     return f"{file.stem}-seed{seed}" + (f"-{sweep}" if sweep else "")
-
-
-def _explain(error: Any) -> str:
-    # a union's branch stands in pydantic's location too: a type's name, never a key of ours
-    branches = {"bool", "str", "int"}
-    path = [
-        p for p in error["loc"] if isinstance(p, int) or (re.fullmatch(r"[a-z_]+", p) and p not in branches)
-    ]
-    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _known_keys(path[:-1])
-        close = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
-        return f"unknown key {key}={error['input']!r}; {hint}"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    if error["type"] == "missing":
-        return f"{key} is missing"
-    hint = ""
-    if error["type"] == "literal_error" and isinstance(error["input"], str):
-        close = difflib.get_close_matches(error["input"], re.findall(r"'([^']+)'", message), n=1, cutoff=0.4)
-        hint = f"; did you mean {close[0]}?" if close else ""
-    return f"{key}={error['input']!r}: {message}{hint}"
-
-
-def _known_keys(path: list[Any]) -> list[str]:
-    kind: Any = Config
-    for part in path:
-        if not isinstance(part, int):
-            kind = get_type_hints(kind).get(part)
-        while kind is not None and not is_dataclass(kind):
-            candidates = [a for a in get_args(kind) if is_dataclass(a)]
-            kind = candidates[0] if candidates else None
-        if kind is None:
-            return []
-    return [f.name for f in fields(kind)]
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from irkd_dist import __version__, networks, slurm
+from irkd_dist import __version__, configured, slurm
 from irkd_dist import config as configuration
 from irkd_dist.config import Config, Fixed
 from irkd_dist.data import sampler, shards
@@ -289,7 +289,7 @@ def _run_to_come(examine: _Examination, engine: Engine, config: Config, path: st
     def teacher_fits() -> str:
         if config.teacher is None:
             return "none"
-        network = networks.load_teacher(config, manifest)
+        network = configured.load_teacher(config, manifest)
         count = parameter_count(network.model) / 1e6
         fits = "same classes and normalisation, its patches fit every stage"
         return f"{network.folder}: {count:.2f} M parameters, {fits}"

@@ -4,6 +4,10 @@ import errno
 import os
 import socket
 import sys
+import tempfile
+import time
+import traceback
+import unicodedata
 from pathlib import Path
 
 EXIT_USER, EXIT_STOPPED = 2, 75  # 75: EX_TEMPFAIL, try again later
@@ -48,10 +52,18 @@ AWAY = {
 }
 
 
+_NO_TEXT = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's categories of controls, surrogates, line and paragraph ends
+
+
 def unreadable(file: Path, error: OSError) -> UserError:
     """The error of a file that is there and cannot be read: `Passing` if the file system may come back."""
     kind = Passing if error.errno in AWAY else UserError
     return kind(f"{file} cannot be read: {error.strerror or error}")
+
+
+def printable(text: str) -> str:
+    """Text that any terminal, page or picture can show: control characters and lone surrogates are escaped."""
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in _NO_TEXT else c for c in text)
 
 
 def say(line: str) -> None:
@@ -65,3 +77,30 @@ def place() -> str:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ""
     return f"[rank {os.environ.get('RANK')} on {socket.gethostname()}] "
+
+
+def _temporary() -> Path | None:
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError:  # no folder can be written
+        return None
+
+
+def keep_traceback(error: BaseException, folder: Path | None) -> str:
+    """Write an error's traceback to a new file, in a run folder or else the temporary one; returns where it is.
+
+    Where nothing can be written it is printed.
+    """
+    text = "".join(traceback.format_exception(error))
+    name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}-{os.getpid()}.txt"
+    for place_of_it in (folder, _temporary()):
+        try:
+            if place_of_it is not None and place_of_it.is_dir():
+                with (place_of_it / name).open("x", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(f"{' '.join(sys.argv)}\n{place()}\n{text}")
+                return f"the traceback is in {place_of_it / name}"
+        except OSError:
+            continue
+    for line in text.splitlines():
+        say(place() + line)
+    return "the traceback is above"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from irkd_dist import config as configuration
-from irkd_dist import networks, runfolder
+from irkd_dist import configured, networks, runfolder
 from irkd_dist.config import Config
 from irkd_dist.data import shards
 from irkd_dist.data.loader import Batch, Loader
@@ -147,7 +147,7 @@ def _teacher(
     if config.teacher is None or not network.taps:
         return None, list(network.taps)
     try:
-        own = networks.load_teacher(_last_teacher(config), manifest)
+        own = configured.load_teacher(_last_teacher(config), manifest)
         pairs, _ = networks.tap_pairs(config, network.model, own.model)
     except UserError as error:
         notes.append(f"the agreement with the teacher's maps is left out: {error}")

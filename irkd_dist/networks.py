@@ -6,15 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from irkd_dist import checkpoint, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.data import shards
-from irkd_dist.distill import models
+from irkd_dist.distill import models, taps
 from irkd_dist.errors import UserError
 
 
@@ -32,7 +30,7 @@ class Network:
     std: tuple[float, float, float]
     size: int
     taps: tuple[str, ...]
-    method: models.Method
+    method: str
     folder: Path  # the checkpoint it came from
     state: dict[str, Any] = field(
         default_factory=dict
@@ -85,70 +83,6 @@ def _size(folder: Path, state: dict[str, Any], config: Config) -> int:
     return stages[min(stage, len(stages) - 1)].resolution
 
 
-def create_student(config: Config, classes: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the configured student; returns it with the arguments that build it again (kept in checkpoints)."""
-    spec = config.student
-    arguments = {
-        "name": spec.name,
-        "classes": classes,
-        "patch": spec.patch,
-        "image_size": spec.image_size or max(s.resolution for s in configuration.stages(config)),
-        "distilled": configuration.student_distilled(config),
-        "dropout": spec.dropout,
-        "drop_path": spec.drop_path,
-        "options": spec.options,
-    }
-    model = models.create_model(**arguments, pretrained=spec.pretrained)
-    if spec.weights is not None:
-        models.load_weights(model, read_weights(Path(spec.weights)), f"student.weights={spec.weights}")
-    return model, arguments
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Weights by name: from a checkpoint folder, a run folder (its best), or a safetensors file."""
-    if path.is_dir():
-        return checkpoint.load_student(checkpoint.find(path)[0])
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"weights {path}: no such file or folder") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"weights {path} is not a safetensors file: {error}") from error
-
-
-def load_teacher(config: Config, manifest: shards.Manifest) -> Network:
-    """The configured teacher, checked against the shards.
-
-    Raises:
-        UserError: another number or order of classes, another normalisation, or a patch grid that does not fit a stage.
-    """
-    spec = config.teacher
-    assert spec is not None
-    if spec.run is not None:
-        network = load(Path(spec.run))
-        where = f"teacher.run={spec.run}"
-    else:
-        assert spec.model is not None
-        network = _timm_teacher(config, manifest)
-        where = f"teacher.model={spec.model.name}"
-    check_classes(network.classes, manifest, config.data.shards, where)
-    ours = (*manifest.mean, *manifest.std)
-    theirs = (*network.mean, *network.std)
-    if not spec.renormalize and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) > 1e-3:
-        raise UserError(
-            f"{where} was trained with mean {_short(network.mean)}, std {_short(network.std)}; the shards have "
-            f"{_short(manifest.mean)}, {_short(manifest.std)}: teacher.renormalize=true feeds it its own"
-        )
-    patch = models.patch_size(network.model)
-    if patch is not None and spec.view == "matched":
-        configuration.check_resolutions(config, patch, "teacher")
-    elif patch is not None and max(manifest.resolutions) % patch:
-        raise UserError(
-            f"teacher.view=full: the shards' {max(manifest.resolutions)} px is not a multiple of its patch {patch}"
-        )
-    return network
-
-
 def check_classes(classes: tuple[str, ...], manifest: shards.Manifest, folder: str, where: str) -> None:
     """Refuse a network whose classes are not those of the shards in `folder`, in their order; `where` names it."""
     if len(classes) != len(manifest.classes):
@@ -163,49 +97,12 @@ def check_classes(classes: tuple[str, ...], manifest: shards.Manifest, folder: s
             )
 
 
-def _timm_teacher(config: Config, manifest: shards.Manifest) -> Network:
-    spec = config.teacher
-    assert spec is not None
-    assert spec.model is not None
-    if not spec.model.pretrained and spec.model.weights is None:
-        raise UserError(
-            f"teacher.model={spec.model.name} has no weights: give teacher.model.weights, or pretrained=true"
-        )
-    if spec.model.pretrained:
-        import timm
-
-        own = timm.get_pretrained_cfg(spec.model.name)
-        if own is not None and own.num_classes != len(manifest.classes):
-            raise UserError(
-                f"teacher.model={spec.model.name}: its pretrained head has {own.num_classes} classes, the shards have "
-                f"{len(manifest.classes)}; fine-tune it first (irkd train with student.pretrained=true)"
-            )
-    size = spec.model.image_size or max(manifest.resolutions)
-    model = models.create_model(
-        spec.model.name,
-        classes=len(manifest.classes),
-        patch=spec.model.patch,
-        image_size=size,
-        distilled=spec.model.distilled is True,
-        pretrained=spec.model.pretrained,
-        options=spec.model.options,
-    )
-    if spec.model.weights is not None:
-        models.load_weights(
-            model, read_weights(Path(spec.model.weights)), f"teacher.model.weights={spec.model.weights}"
-        )
-    return Network(
-        model.eval(), manifest.classes, spec.mean or manifest.mean, spec.std or manifest.std, size, (),
-        config.loss.saliency.method, Path(spec.model.weights or "."),
-    )  # fmt: skip
-
-
 # ---- where saliency is read
 
 
 def tap_pairs(
     config: Config, student: nn.Module, teacher: nn.Module
-) -> tuple[list[tuple[models.Tap, models.Tap]], list[str]]:
+) -> tuple[list[tuple[taps.Tap, taps.Tap]], list[str]]:
     """The configured taps that have a map in both networks, and what a user should know of them.
 
     Raises:
@@ -213,7 +110,7 @@ def tap_pairs(
     """
     spec = config.loss.saliency
     try:
-        pairs = models.tap_pairs(student, teacher, spec.taps, spec.method, spec.strict_paper)
+        pairs = taps.tap_pairs(student, teacher, spec.taps, spec.method, spec.strict_paper)
     except UserError:
         if spec.gamma:
             raise
@@ -239,14 +136,10 @@ def taps_alone(config: Config, student: nn.Module) -> list[str]:
     """The student's taps without a teacher beside it; none where a tap cannot be resolved."""
     spec = config.loss.saliency
     own = [item[0] if isinstance(item, list) else item for item in spec.taps if item != []]
-    taps = spec.taps if isinstance(spec.taps, str) else own
+    wanted = spec.taps if isinstance(spec.taps, str) else own
     strict = spec.strict_paper and config.teacher is not None  # void taps are kept for the loss alone
     try:
-        pairs = models.tap_pairs(student, student, taps, spec.method, strict)
+        pairs = taps.tap_pairs(student, student, wanted, spec.method, strict)
     except UserError:
         return []
     return [s.path for s, _ in pairs if strict or not s.void]
-
-
-def _short(values: tuple[float, ...]) -> str:
-    return "(" + ", ".join(f"{v:.4f}" for v in values) + ")"

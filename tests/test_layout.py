@@ -62,7 +62,7 @@ def test_data_and_distill_know_nothing_of_training() -> None:
 
 
 def test_run_folders_and_checkpoints_are_read_without_training() -> None:
-    for file in ("runfolder.py", "networks.py", "checkpoint.py", "faults.py", "config.py"):
+    for file in ("runfolder.py", "networks.py", "configured.py", "checkpoint.py", "faults.py", "config.py"):
         assert not any(n.startswith("irkd_dist.training") for n in imports(PACKAGE / file)), file
 
 

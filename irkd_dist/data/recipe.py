@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-Alpha = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Alpha = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -15,8 +15,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Augment:
     """Augmentation of training images; the defaults are the paper's for a student."""
 
-    padding: Annotated[int, Field(ge=0)] = 4  # pixels of the random crop's padding ...
-    padding_at: Annotated[int, Field(gt=0)] | None = (
+    padding: Annotated[int, Field(ge=0, le=4096)] = 4  # pixels of the random crop's padding ...
+    padding_at: Annotated[int, Field(gt=0, le=4096)] | None = (
         32  # ... at this resolution, in proportion elsewhere; null: the same everywhere
     )
     flip: bool = True
@@ -27,7 +27,7 @@ class Augment:
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # label smoothing
     # epoch e shows draw e mod this of each sample, mixing partners included; null: a new draw every epoch
     draws: Annotated[int, Field(gt=0)] | None = None
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @property
     def mixes(self) -> bool:

@@ -12,3 +12,4 @@ PAPER_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vit_tiny": ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", {}),
     "vit_small": ("vit_small_patch16_224", "deit_small_distilled_patch16_224", {}),
 }
+PAPER_PATCH = 4  # where a configuration says nothing

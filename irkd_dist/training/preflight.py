@@ -107,7 +107,10 @@ def check_forward(
                 teacher(view, label.to(device), aligned=1 if teacher.paths else 0)
         except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"{role} cannot take images at the stage of {resolution} px: {reason}") from error
+            network = teacher.model if teacher is not None and role == "the teacher" else student
+            raise UserError(
+                f"{role} cannot take images at the stage of {resolution} px: {reason}{models.sizes_it_takes(network)}"
+            ) from error
         if logits.shape[1:] != (classes,):
             raise UserError(
                 f"student.options: the model gives logits {tuple(logits.shape[1:])}, the shards have {classes} classes"

@@ -159,6 +159,7 @@ def load_stage_teacher(parts: Parts, stage: int) -> None:
     )
     if teacher_sharded(parts.config, parts.engine):
         models.check_weights({k: v.shape for k, v in teacher.model.state_dict().items()}, weights, where)
+        models.require_finite(weights, where)
         engines.load_sharded(teacher.model, weights)
     else:
         teacher.load(weights, where)

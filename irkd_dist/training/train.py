@@ -193,7 +193,9 @@ def _enter(run: Run, loader: Loader, skill: float) -> _Stage:
         alpha=loss.kd.alpha * (skill if loss.kd.follow_teacher else 1.0),
         gamma=loss.saliency.gamma * (skill if loss.saliency.follow_teacher else 1.0),
         steps=planned.epochs * loader.steps_per_epoch,
-        run_steps=sum(s.epochs * sampler.steps_per_epoch(len(loader), s.batch) for s in parts.plan.stages),
+        run_steps=sum(
+            s.epochs * sampler.steps_per_epoch(len(loader), s.batch, loader.least) for s in parts.plan.stages
+        ),
     )
     restore.load_stage_teacher(parts, number)
     if position.stage_step == 0 and parts.plan.policy == "reset":

@@ -9,7 +9,7 @@ import torch
 import webdataset as wds
 from torch.nn import functional as F
 
-from irkd_dist import checkpoint, evaluate, networks
+from irkd_dist import checkpoint, configured, evaluate, networks
 from irkd_dist import config as configuration
 from irkd_dist.data import sampler
 from irkd_dist.errors import UserError
@@ -59,7 +59,7 @@ def maps(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, graph: bool, 
 def naive(config: configuration.Config, teacher_folder: Path) -> list[float]:
     """Two stages, AdamW anew at each, CE + KD + 0.8 saliency: nothing but torch."""
     torch.manual_seed(config.seed)
-    student, _ = networks.create_student(config, 10)
+    student, _, _ = configured.create_student(config, 10)
     teacher = networks.load(teacher_folder).model
     for model in (student, teacher):
         for module in model.modules():
