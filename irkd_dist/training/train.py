@@ -145,7 +145,8 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
         + f"  val {accuracy:.2%}{' *' if decision.best else ''}"
     )
     if before.epoch == 0 or decision.action != "continue":
-        panels.save(parts, run.folder, validation, before.stage, before.epoch + 1, resolution)
+        shown = panels.save(parts, run.folder, validation, before.stage, before.epoch + 1, resolution)
+        tracker.image(at, "val/saliency", shown)
 
     run.position = run.position.next_epoch(state, decision.action == "finish")
     best = (best_name, state) if decision.best else None
