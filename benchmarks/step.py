@@ -6,9 +6,10 @@ All variants: the same teacher (ViT-Small) and student (patch 4, one head, rando
 autocast where the device has it, AdamW (fused), forward, backward and optimizer step. `timm` is
 timm.task.LogitDistillationTask as its users run it, `kd` our Distiller with our Teacher, `irkd` the same with gradient
 maps at the first, second and last block; `_cached` takes what the teacher said from memory, `_compiled` compiles
-student and teacher. The variants take turns within a round and each ratio of speed to timm's is taken within a round: the
-median over the rounds is quoted. Peak memory is that of a process that runs one variant alone (on a GPU: allocated by
-torch; elsewhere with what the compiler took). The last line is one JSON object: for each resolution the ratios, and `peak_mib` of each variant.
+student and teacher. The variants take turns within a round and each ratio of speed to timm's is taken within a round:
+the median over the rounds is quoted. Peak memory is that of a process that runs one variant alone (on a GPU: allocated
+by torch; elsewhere with what the compiler took). The last line is one JSON object: for each resolution the ratios, and
+`peak_mib` of each variant.
 """
 
 from __future__ import annotations
@@ -153,7 +154,8 @@ def main() -> None:
         json.dumps(
             {
                 "benchmark": "step", "device": where, "cpus": os.cpu_count(), "student": arguments.student,
-                "teacher": arguments.teacher, "batch": arguments.batch, "autocast": str(dtype), "rounds": arguments.rounds,
+                "teacher": arguments.teacher, "batch": arguments.batch, "autocast": str(dtype),
+                "rounds": arguments.rounds,
                 "torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version(),
                 "resolutions": results,
             }
