@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -35,19 +35,28 @@ class TappedModel:
     method: str
     autocast: torch.dtype | None = None
 
+    def with_paths(self, paths: list[str]) -> TappedModel:
+        """The same model, read elsewhere."""
+        return replace(self, paths=paths)
+
     def maps(self, images: Tensor, labels: Tensor) -> list[Tensor]:
         """Detached maps (B, h, w), one a tap, in evaluation mode."""
+        return self.answer(images, labels)[1]
+
+    def answer(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Detached logits (B, K) and maps, in evaluation mode."""
         training = self.model.training
         self.model.eval()
-        # the frozen path differentiates from the first tap on, so parameters must not ask for gradients
+        # the graph then starts at the first tap
         asked = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in asked:
             parameter.requires_grad_(False)
         try:
             with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
-                return taps.forward_with_maps(
+                output, maps = taps.forward_with_maps(
                     self.model, images, self.paths, self.method, labels, frozen=True
-                )[1]
+                )
+            return models.inference_logits(output), maps
         finally:
             for parameter in asked:
                 parameter.requires_grad_(True)

@@ -150,14 +150,14 @@ def _is_void(model: nn.Module, path: str, method: str) -> bool:
 
 
 class MissingGradient(UserError):
-    """The score does not depend on a tap that was not known to be void; holds its path."""
+    """The score does not depend on a tap that was not known to be void."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(
-            f"saliency.taps: the class score does not depend on the output of {path!r}: there is no gradient to make a "
-            "map of; tap another module"
-        )
-        self.path = path
+
+def _missing(path: str) -> MissingGradient:
+    return MissingGradient(
+        f"saliency.taps: the class score does not depend on the output of {path!r}: there is no gradient to make a "
+        "map of; tap another module"
+    )
 
 
 def feature_gradients(
@@ -177,14 +177,14 @@ def feature_gradients(
         MissingGradient: the score does not depend on a feature.
     """
     if not score.requires_grad:
-        raise MissingGradient(paths[0])
+        raise _missing(paths[0])
     with context or nullcontext():
         gradients = torch.autograd.grad(
             score, features, create_graph=create_graph, retain_graph=create_graph, allow_unused=True
         )
     for path, gradient in zip(paths, gradients, strict=True):
         if gradient is None:
-            raise MissingGradient(path)
+            raise _missing(path)
     return list(gradients)
 
 

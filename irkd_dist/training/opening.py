@@ -70,7 +70,9 @@ class Run:
             timing = {"seconds": round(seconds, 4), **rates}
             self.tracker.event("train", step, stage=state.stage, **means, **timing)
             system = {f"system/{k}": rates[k] for k in ("images_per_s", "data_wait")}
-            self.tracker.metrics(step, {f"train/{k}": v for k, v in means.items()} | system | {"train/lr": lr})
+            self.tracker.metrics(
+                step, {f"train/{k}": v for k, v in means.items()} | system | {"train/lr": lr}
+            )
         update(self.position.stage_step, metrics.bar_text(means, rates["images_per_s"], state.best_accuracy))
 
 
