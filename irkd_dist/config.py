@@ -40,6 +40,7 @@ class Data:
     shards: Annotated[str, OPERATIONAL, PATH] = "shards/cifar10"
     batch: Annotated[int, Field(gt=0, le=2**20)] = 128  # global batch, over all processes
     subset: Positive | None = None  # train on this many images (class-balanced, fixed choice)
+    val_subset: Positive | None = None  # stages are judged by this many held-out images (class-balanced)
     # steps of the run whose batches are not trained on
     leave_out: Annotated[list[NonNegative], OPERATIONAL] = field(default_factory=list)
     centre_crop: bool = False  # crop-mode shards: evaluate on a centre crop instead of a resize
@@ -253,6 +254,7 @@ class Config:
     curriculum: Curriculum | None = None
     fixed: Fixed | None = None
     optim: Optim = field(default_factory=Optim)
+    eval_every: Positive = 1  # epochs from one validation to the next; a stage's last is always judged
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
     # auto: what `accelerate launch` was given, else ddp; zero0 to zero3 are DeepSpeed's ZeRO stages
     engine: Annotated[Literal["auto", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"], OPERATIONAL] = (

@@ -31,9 +31,20 @@ from irkd_dist import __version__, configured, slurm
 from irkd_dist import config as configuration
 from irkd_dist.config import Config, Fixed
 from irkd_dist.data import sampler, shards
+from irkd_dist.distill import measure
 from irkd_dist.distill.models import parameter_count
 from irkd_dist.errors import UserError
-from irkd_dist.training import build, distributed, engines, preflight, restore, step, tracking
+from irkd_dist.training import (
+    bookends,
+    build,
+    distributed,
+    engines,
+    panels,
+    preflight,
+    restore,
+    step,
+    tracking,
+)  # fmt: skip
 from irkd_dist.training.engines import Engine
 
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "safetensors", "wandb")
@@ -356,7 +367,7 @@ def _batch(engine: Engine, config: Config, manifest: shards.Manifest) -> str:
 
 
 def _step(job: build.Parts, number: int) -> str:
-    """Two training steps: the first one warms up, the second is timed."""
+    """Two training steps: the first one warms up, the second is timed; then what a stage's end computes."""
     engine, loss = job.engine, job.config.loss
     _forget_peak(engine)
     restore.load_stage_teacher(job, number)
@@ -373,6 +384,10 @@ def _step(job: build.Parts, number: int) -> str:
             if bool(taken.skipped):
                 raise UserError("the gradient is not finite: lower optim.lr, or use precision=fp32")
             seconds, size = time.perf_counter() - start, batches[0].size
+        batch = next(iter(held_out.batches(0)))
+        measure.correct_and_count(job.student, [batch], engine.autocast)
+        panels.show(job, held_out, job.plan.stages[number].resolution)
+    taps = bookends.probe_taps(job, number)
     peak, kind = _peak(engine)
     slowest = _slowest(engine, seconds)
     text = f"{slowest:.3f} s, {size / slowest:,.0f} images/s, peak {peak / GIB:.2f} GiB {kind} a process"
@@ -381,7 +396,9 @@ def _step(job: build.Parts, number: int) -> str:
     )
     if total and peak > 0.9 * total:
         raise Warn(f"{text}, of {total / GIB:.0f}: little is left; a smaller data.batch or more processes")
-    return text
+    if taps:
+        raise Warn(f"{text}; {taps}")
+    return f"{text}; validation and panels run"
 
 
 def _forget_peak(engine: Engine) -> None:

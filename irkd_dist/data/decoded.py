@@ -163,7 +163,7 @@ class Images:
     def _unreadable(self, i: int, why: str) -> UserError:
         return UserError(
             f"{self._name} at {self.size} px: sample {self._split.keys[i]} cannot be read: {why}; "
-            "render again: the same `irkd render` command replaces what is damaged"
+            f"it is in {self._split.where(i)}; render again: the same `irkd render` command replaces what is damaged"
         )
 
     def _put(self, images: Tensor) -> Tensor:

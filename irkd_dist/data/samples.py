@@ -39,6 +39,10 @@ class Samples(Protocol):
         """The object mask of sample i as PNG bytes (8-bit, 0 or 255), None where there is none."""
         ...
 
+    def where(self, i: int) -> Path | str:
+        """What holds sample i, for messages: a shard's file."""
+        ...
+
     def close(self) -> None:
         """Let go of files; reading afterwards is an error."""
         ...
@@ -71,7 +75,6 @@ class Split:
         return self._read(int(self._shard[i]), self._mask[i])
 
     def where(self, i: int) -> Path:
-        """The shard that holds sample i."""
         return self._opened()[int(self._shard[i])][0]
 
     def _read(self, shard: int, place: np.ndarray) -> bytes:

@@ -65,9 +65,10 @@ class TappedModel:
 
 @torch.no_grad()
 def correct_and_count(model: nn.Module, batches: Iterable[Labelled], autocast: torch.dtype | None) -> Tensor:
-    """Right answers and samples of this process's share, as an integer tensor (2,); mode is put back.
+    """Right answers, samples, and samples whose logits are not finite, of this process's share: integers (3,).
 
-    Padding has weight 0 and is not counted, so the sum over the processes counts each sample once.
+    The model's mode is put back. Padding has weight 0 and is not counted, so the sum over the processes counts each
+    sample once.
     """
     training = model.training
     model.eval()
@@ -76,8 +77,9 @@ def correct_and_count(model: nn.Module, batches: Iterable[Labelled], autocast: t
         with torch.autocast(batch.images.device.type, autocast, enabled=autocast is not None):
             logits = models.inference_logits(model(batch.images))
         real = batch.weight > 0
-        right = ((logits.argmax(dim=1) == batch.labels) & real).sum()
-        step = torch.stack((right, real.sum()))
+        finite = logits.isfinite().all(dim=1)
+        right = (logits.argmax(dim=1) == batch.labels) & finite & real
+        step = torch.stack((right.sum(), real.sum(), (~finite & real).sum()))
         counts = step if counts is None else counts + step
     model.train(training)
     assert counts is not None, "an evaluation loader gives at least one batch"

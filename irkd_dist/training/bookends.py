@@ -6,10 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from irkd_dist import runfolder
+from irkd_dist.distill import methods, probe
 from irkd_dist.distill.models import parameter_count
 from irkd_dist.distill.teacher import Teacher, competence
 from irkd_dist.training import build, distributed, metrics, restore
@@ -17,6 +19,8 @@ from irkd_dist.training.build import Parts
 from irkd_dist.training.position import Position
 from irkd_dist.training.restore import Resumed
 from irkd_dist.training.tracking import Tracker, provenance, summary_table
+
+PROBED = 16  # held-out images that the taps of a stage are judged on
 
 
 def announce(parts: Parts, folder: Path, resumed: Resumed, tracker: Tracker) -> None:
@@ -60,10 +64,12 @@ def summarize(parts: Parts, folder: Path, tracker: Tracker, position: Position) 
         summary = {k: v for k, v in done.items() if k not in ("event", "step", "time")}
     elif "test" in manifest.splits:
         with build.evaluation_loader(parts.config, manifest, engine, "test", resolution) as loader:
-            summary["test_accuracy_last"] = metrics.accuracy(engine, parts.student, loader, "the student")
+            summary["test_accuracy_last"] = metrics.accuracy(
+                engine, parts.student, loader, "the student", tracker
+            )
             if position.curriculum.best_checkpoint is not None:  # else it is lost, and the last stands for it
                 restore.load_into(engine, folder / position.curriculum.best_checkpoint, moments=False)
-            summary["test_accuracy"] = metrics.accuracy(engine, parts.student, loader, "the student")
+            summary["test_accuracy"] = metrics.accuracy(engine, parts.student, loader, "the student", tracker)
     events = runfolder.read_events(folder)
     if done is None:
         summary["val_accuracy"] = position.curriculum.best_accuracy
@@ -141,7 +147,8 @@ def probe_teacher(parts: Parts, folder: Path, tracker: Tracker, position: Positi
             with build.evaluation_loader(
                 parts.config, manifest, engine, split, stage.resolution, full
             ) as loader:
-                known[key] = metrics.accuracy(engine, _TeacherView(parts.teacher), loader, "the teacher")
+                view = _TeacherView(parts.teacher)
+                known[key] = metrics.accuracy(engine, view, loader, "the teacher", tracker)
         values = [known[s.resolution, s.teacher] for s in stages]
     skill = [competence(a, max(values), len(manifest.classes)) for a in values]
     shown = ", ".join(f"{s.resolution} px {a:.2%}" for s, a in zip(stages, values, strict=True))
@@ -155,6 +162,43 @@ def probe_teacher(parts: Parts, folder: Path, tracker: Tracker, position: Positi
         resolutions=facts["resolutions"],
     )
     return skill
+
+
+def probe_stages(parts: Parts, tracker: Tracker, position: Position) -> None:
+    """Say which taps of the stages to come have no map to align.
+
+    Raises:
+        UserError: a stage has none at all: now, not when it is reached.
+    """
+    for number in range(position.curriculum.stage, 0 if position.finished else len(parts.plan.stages)):
+        if line := probe_taps(parts, number):
+            tracker.event("taps", position.step, stage=number, found=line)
+            tracker.say(f"warning: {line}")
+
+
+def probe_taps(parts: Parts, number: int) -> str:
+    """Judge the taps of a stage on some held-out images; returns what is wrong with some of them, or nothing.
+
+    Raises:
+        UserError: none of them has a map to align, or one is not finite; it names what would work.
+    """
+    config, engine, stage = parts.config, parts.engine, parts.plan.stages[number]
+    inner = methods.inner_gradient(config.loss.saliency.method)
+    if parts.teacher is None or not config.loss.saliency.gamma or (engine.no_inner_gradient and inner):
+        return ""
+    split = build.held_out(parts.manifest)
+    with build.evaluation_loader(config, parts.manifest, engine, split, stage.resolution) as loader:
+        rows = np.arange(min(len(loader), PROBED))
+        images, labels = loader.pick(rows)
+    view = images
+    if build.full_view(config):
+        with build.evaluation_loader(
+            config, parts.manifest, engine, split, stage.resolution, full=True
+        ) as loader:
+            view, _ = loader.pick(rows)
+    restore.load_stage_teacher(parts, number)
+    found = probe.probe(parts.tapped, parts.teacher, images, labels, view)
+    return probe.check(found, parts.student, parts.teacher.model, stage.resolution)
 
 
 def _recorded(folder: Path, facts: dict[str, Any]) -> list[float] | None:

@@ -70,15 +70,19 @@ def build(config: Config, engine: Engine) -> Parts:
     patch = models.patch_size(student)
     if patch is not None:
         configuration.check_resolutions(config, patch, "student")
+    teacher_digest = None
     teacher, folders, taps = None, _no_folders(stages), networks.taps_alone(config, student)
     if config.teacher is not None:
         network = configured.load_teacher(config, manifest)
         notes += network.notes
+        of_run = config.teacher.run is not None
+        teacher_digest = None if of_run else restore.weights_digest(network.model)
         pairs, tap_notes = networks.tap_pairs(config, student, network.model)
         notes += tap_notes
         taps = [s.path for s, _ in pairs]
         teacher = _teacher(config, engine, network, manifest, [t.path for _, t in pairs])
         folders = _teacher_folders(config, stages, network.folder, notes)
+        teacher_digest = _digests(folders) if of_run else teacher_digest
     method = config.loss.saliency.method
     second_order = config.loss.saliency.gamma > 0 and methods.inner_gradient(method)
     if second_order or engine.device.type == "cpu":
@@ -107,7 +111,7 @@ def build(config: Config, engine: Engine) -> Parts:
         "threads": torch.get_num_threads(),
         "config": configuration.to_dict(config),
         "data_digest": data_digest(manifest),
-        "teacher_digest": _digests(folders) if config.teacher and config.teacher.run else None,
+        "teacher_digest": teacher_digest,
         "package_version": __version__,
     }
     plan = _plan(config, stages, folders)
@@ -142,8 +146,10 @@ def evaluation_loader(
 ) -> Loader:
     """A loader for measuring: in order, normalised only. `full`: at the teacher's full resolution."""
     size = max(manifest.resolutions) if full else resolution
+    count = config.data.val_subset if split == held_out(manifest) and split != "test" else None
+    subset = min(count, manifest.splits[split]) if count is not None else None
     return Loader(
-        Dataset(Path(config.data.shards), manifest, split, verify="size"),
+        Dataset(Path(config.data.shards), manifest, split, subset, verify="size"),
         View(size, centre_crop=config.data.centre_crop),
         batch=EVALUATION_BATCH * engine.world, seed=config.seed, share=Share(engine.world, (engine.rank,)),
         work=_work(config, engine),

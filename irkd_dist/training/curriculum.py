@@ -64,18 +64,31 @@ class Decision:
     teacher: str | None = None  # the next stage's teacher checkpoint
 
 
+def to_be_judged(plan: Plan, state: State, every: int, seconds: float = 0.0, tokens: float = 0.0) -> bool:
+    """Whether the epoch that ends now is validated: each `every`-th of a stage, and its last."""
+    spent = replace(
+        state, epoch=state.epoch + 1, seconds=state.seconds + seconds, tokens=state.tokens + tokens
+    )
+    return spent.epoch % every == 0 or _spent(plan.stages[state.stage], spent) is not None
+
+
 def observe(
-    plan: Plan, state: State, accuracy: float, checkpoint: str, seconds: float = 0.0, tokens: float = 0.0
+    plan: Plan,
+    state: State,
+    accuracy: float | None,
+    checkpoint: str,
+    seconds: float = 0.0,
+    tokens: float = 0.0,
 ) -> tuple[State, Decision]:
-    """Take one epoch's validation accuracy (0..1) and what the epoch cost, and decide.
+    """Take one epoch's validation accuracy (0..1; None: not validated) and what the epoch cost, and decide.
 
     `checkpoint` names this epoch's checkpoint should it be the best: a strictly higher accuracy, so that of equal
     ones the earliest stays.
     """
     stage, epoch = plan.stages[state.stage], state.epoch + 1
-    best = accuracy > state.best_accuracy
+    best = accuracy is not None and accuracy > state.best_accuracy
     state = replace(state, epoch=epoch, seconds=state.seconds + seconds, tokens=state.tokens + tokens)
-    if best:
+    if accuracy is not None and best:
         state = replace(state, best_accuracy=accuracy, best_epoch=epoch, best_checkpoint=checkpoint)
     reason = _ended(stage, state, accuracy)
     if reason is None:
@@ -90,13 +103,21 @@ def observe(
     return State(stage=state.stage + 1), decision
 
 
-def _ended(stage: StagePlan, state: State, accuracy: float) -> str | None:
+def _spent(stage: StagePlan, state: State) -> str | None:
     if state.epoch >= stage.epochs:
         return f"{state.epoch} epochs done"
     if stage.minutes is not None and state.seconds >= 60 * stage.minutes:
         return f"its {stage.minutes:g} minutes are spent"
     if stage.tokens is not None and state.tokens >= stage.tokens:
         return f"its {stage.tokens:g} tokens are spent"
+    return None
+
+
+def _ended(stage: StagePlan, state: State, accuracy: float | None) -> str | None:
+    if accuracy is None:
+        return None
+    if (spent := _spent(stage, state)) is not None:
+        return spent
     if state.epoch < stage.min_epochs:
         return None
     if stage.target is not None and accuracy >= stage.target:

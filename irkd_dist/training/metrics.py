@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from irkd_dist.config import Loss
-from irkd_dist.data.loader import Loader
+from irkd_dist.data.loader import Batch, Loader
 from irkd_dist.distill import measure
+from irkd_dist.errors import UserError
 from irkd_dist.training import distributed
 from irkd_dist.training.distributed import Place
 from irkd_dist.training.engines import Engine
 from irkd_dist.training.step import Taken
+from irkd_dist.training.tracking import Tracker
 
 TERMS = ("total", "ce", "kd", "saliency", "correct", "flat", "samples", "steps", "aligned", "wait_s")
 
@@ -50,10 +54,26 @@ def means(place: Place, sums: Tensor, loss: Loss) -> tuple[dict[str, float], int
     return result | {"accuracy": row["correct"] / row["samples"]} | waited, int(row["samples"])
 
 
-def accuracy(engine: Engine, model: nn.Module, loader: Loader, who: str) -> float:
-    """Top-1 accuracy over all processes, from integer counts: each sample once."""
-    counts = measure.correct_and_count(model, loader.batches(0), engine.autocast)
-    right, count = distributed.total(engine, counts).tolist()
+def accuracy(
+    engine: Engine, model: nn.Module, loader: Loader, who: str, tracker: Tracker | None = None
+) -> float:
+    """Top-1 accuracy over all processes, from integer counts: each sample once.
+
+    Raises:
+        UserError: on every rank alike: the model, named by `who`, says nothing finite of any image.
+    """
+    batches: Iterable[Batch] = loader.batches(0)
+    if tracker is not None:
+        batches = tracker.counted(
+            batches, f"measuring {who} at {loader.resolution} px", loader.steps_per_epoch
+        )
+    counts = measure.correct_and_count(model, batches, engine.autocast)
+    right, count, unsound = distributed.total(engine, counts).tolist()
+    if unsound == count:
+        raise UserError(
+            f"the logits of {who} are not finite on any of {count} images at {loader.resolution} px: it has diverged, "
+            "or its weights are damaged; lower optim.lr or set optim.clip=1"
+        )
     return right / count
 
 

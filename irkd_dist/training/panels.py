@@ -21,15 +21,25 @@ from irkd_dist.training.build import Parts
 def save(
     parts: Parts, run: Path, loader: Loader, stage: int, epoch: int, resolution: int
 ) -> np.ndarray | None:
-    """Write `panels/stage-SS-epoch-EEE.npz` for a few images of a loader, see `choose`.
-
-    It holds images (P, r, r, 3) uint8, labels (P,), ids (P,), and maps averaged over the taps, each min-max
-    normalised: student (P, h, w), and teacher (P, h', w') where there is one. Every process must call it, for sharded
-    parameters, and computes the same; rank 0 writes. Left out where the engine cannot differentiate the student
-    (zero3).
+    """Write what `show` gives to `panels/stage-SS-epoch-EEE.npz`; every process must call it, rank 0 writes.
 
     Returns:
         `picture` of them on rank 0, None elsewhere and where there are none.
+    """
+    arrays = show(parts, loader, resolution)
+    if arrays is None or not parts.engine.main:
+        return None
+    with runfolder.whole(runfolder.panel_file(run, stage, epoch)) as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    return picture(arrays)
+
+
+def show(parts: Parts, loader: Loader, resolution: int) -> dict[str, np.ndarray] | None:
+    """A few images of a loader, see `choose`, with their maps.
+
+    images (P, r, r, 3) uint8, labels (P,), ids (P,), and maps averaged over the taps, each min-max normalised: student
+    (P, h, w), and teacher (P, h', w') where there is one. Every process must call it, for sharded parameters, and
+    computes the same. None where the engine cannot differentiate the student (zero3).
     """
     config, engine, manifest = parts.config, parts.engine, parts.manifest
     count, method = config.track.panels, config.loss.saliency.method
@@ -54,11 +64,7 @@ def save(
                 view, _ = whole.pick(rows)
         maps = parts.teacher(view, labels, aligned=len(view), logits=False).maps
         arrays["teacher"] = average(maps or [])
-    if not engine.main:
-        return None
-    with runfolder.whole(runfolder.panel_file(run, stage, epoch)) as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
-    return picture(arrays)
+    return arrays
 
 
 def choose(labels: np.ndarray, count: int) -> np.ndarray:

@@ -71,7 +71,8 @@ def resume(parts: Parts, content: checkpoint.Content, skipped: list[str], extend
         _check_extension(known, own)
     changed = [c for c in changed if c not in extended]
     for key, name in (("data_digest", "data"), ("teacher_digest", "teacher")):
-        if state[key] != parts.identity[key]:
+        # earlier releases kept no digest of a teacher by name
+        if state[key] != parts.identity[key] and not (state[key] is None and parts.config.teacher):
             changed.append(f"{name}: its content is not what the run was started with")
     if changed:
         raise UserError(

@@ -46,6 +46,7 @@ def train(config: Config, *, owns_process: bool = False, extend: bool = False) -
     """
     with opening.opened(config, owns_process, extend) as run:
         skill = bookends.probe_teacher(run.parts, run.folder, run.tracker, run.position)
+        bookends.probe_stages(run.parts, run.tracker, run.position)
         while not run.position.finished:  # one turn is one stage
             number = run.position.curriculum.stage
             train_set, held_out = build.loaders(run.parts, run.parts.plan.stages[number])
@@ -120,33 +121,34 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     """Validate, let rank 0 decide, write it down, and move the position to the next epoch or stage."""
     parts, engine, tracker, before = run.parts, run.parts.engine, run.tracker, run.position.curriculum
     started, at, resolution = time.perf_counter(), run.position.step, loader.resolution
+    tokens = len(loader) * build.tokens_per_image(parts.student, resolution)
+    judged = distributed.broadcast(  # by rank 0's clock
+        engine,
+        curriculum.to_be_judged(parts.plan, before, parts.config.eval_every, run.position.seconds, tokens),
+    )
     distributed.share_buffers(engine, parts.student)
-    accuracy = metrics.accuracy(engine, parts.student, validation, "the student")
+    accuracy = metrics.accuracy(engine, parts.student, validation, "the student", tracker) if judged else None
     sums = torch.tensor(run.position.sums, device=engine.device)
     means, images = metrics.means(engine, sums, parts.config.loss)
     seconds = time.perf_counter() - started
-    tokens = len(loader) * build.tokens_per_image(parts.student, resolution)
-    best_name = runfolder.best_name(before.stage, at)
+    best_name = f"{runfolder.BEST}/{runfolder.best_name(before.stage, at)}"
     state, decision = _decide(run, accuracy, best_name, run.position.seconds + seconds, tokens)
 
+    shown = "  ".join(f"{k} {means[k]:.4f}" for k in ("total", "ce", "kd", "saliency") if k in means)
     tracker.event(
-        "evaluation", at, stage=before.stage, resolution=resolution, epoch=run.position.epoch + 1,
-        stage_epoch=before.epoch + 1, split=build.held_out(parts.manifest), accuracy=accuracy, best=decision.best,
-        train_accuracy=means.pop("accuracy", None), train=means, data_wait_s=means.pop("wait_s"), images=images,
-        seconds=seconds,
+        "evaluation" if judged else "epoch", at, stage=before.stage, resolution=resolution,
+        epoch=run.position.epoch + 1, stage_epoch=before.epoch + 1, split=build.held_out(parts.manifest),
+        accuracy=accuracy, best=decision.best, train_accuracy=means.pop("accuracy", None), train=means,
+        data_wait_s=means.pop("wait_s"), images=images, seconds=seconds,
     )  # fmt: skip
-    tracker.metrics(at, {"val/accuracy": accuracy, "val/resolution": resolution})
-    tracker.say(
-        f"{resolution:>4} px  epoch {before.epoch + 1:>3}/{parts.plan.stages[before.stage].epochs}  "
-        + (
-            "  ".join(f"{k} {means[k]:.4f}" for k in ("total", "ce", "kd", "saliency") if k in means)
-            or "no step taken"
-        )
-        + f"  val {accuracy:.2%}{' *' if decision.best else ''}"
-    )
+    if accuracy is not None:
+        tracker.metrics(at, {"val/accuracy": accuracy, "val/resolution": resolution})
+        shown = f"{shown or 'no step taken'}  val {accuracy:.2%}{' *' if decision.best else ''}"
+    epochs = parts.plan.stages[before.stage].epochs
+    tracker.say(f"{resolution:>4} px  epoch {before.epoch + 1:>3}/{epochs}  {shown}")
     if before.epoch == 0 or decision.action != "continue":
-        shown = panels.save(parts, run.folder, validation, before.stage, before.epoch + 1, resolution)
-        tracker.image(at, "val/saliency", shown)
+        picture = panels.save(parts, run.folder, validation, before.stage, before.epoch + 1, resolution)
+        tracker.image(at, "val/saliency", picture)
 
     run.position = run.position.next_epoch(state, decision.action == "finish")
     best = (best_name, state) if decision.best else None
@@ -164,7 +166,7 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
 
 
 def _decide(
-    run: Run, accuracy: float, best_name: str, seconds: float, tokens: float
+    run: Run, accuracy: float | None, best_name: str, seconds: float, tokens: float
 ) -> tuple[curriculum.State, curriculum.Decision]:
     """Rank 0's decision on every rank. One that was written down before a restart is taken again as it was."""
     at, decided = run.position.step, None
