@@ -134,9 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     requeue.set_defaults(call=_requeue)
 
     verify = _command(
-        commands, "verify", "check every file and image of a folder of shards; exit code 1 if one is bad"
+        commands, "verify", "check every file of shards, a run or a checkpoint; exit code 1 if one is bad"
     )
-    verify.add_argument("path", type=Path, help="folder of shards")
+    verify.add_argument("path", type=Path, help="folder of shards, run folder or checkpoint")
     verify.set_defaults(call=_verify)
 
     evaluate = commands.add_parser(

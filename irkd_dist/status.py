@@ -88,7 +88,7 @@ def read(run: Path, now: float | None = None) -> Status:
         checkpoint[0] if checkpoint else None, max(now - checkpoint[1], 0.0) if checkpoint else None,
         max(len(starts) - 1, 0), starts[-1].get("world") if starts else None,
         {k: n for k in TROUBLE if (n := sum(e["event"] == k for e in events))}, left,
-        [*([damage] if damage else []), *log.said()],
+        [*([damage] if damage else []), *log.said(), *_beyond(others)],
     )  # fmt: skip
 
 
@@ -164,6 +164,11 @@ def _line(s: Status) -> str:
     parts += [s.reason] if s.reason else []
     parts += [f"damaged: {text}" for text in s.damage]
     return runfolder.printable(f"{Path(s.run).name}  " + ", ".join(parts))
+
+
+def _beyond(count: int) -> list[str]:
+    what = f"{count} event{'s' * (count > 1)} of stages that {runfolder.CONFIG} does not have, left out"
+    return [what] if count else []
 
 
 def _stages(run: Path) -> tuple[list[tuple[int, int]], bool]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from irkd_dist import runfolder, verify_runs
 from irkd_dist.data import shards as format
 from irkd_dist.data.index import Index
 from irkd_dist.errors import UserError
@@ -23,8 +24,15 @@ def verify(path: Path) -> Iterator[str]:
     """The problems of whatever lies at `path`. Raises UserError when that is nothing known."""
     if (path / format.MANIFEST).exists() or (path / format.PARTS).is_dir():
         return shards(path)
-    # here: runs, checkpoints, caches and exports, each with a function of its own
-    raise UserError(f"{path} is no folder of irkd shards ({format.MANIFEST} in it); irkd verify reads those")
+    if (path / runfolder.STATE).exists():
+        return iter(verify_runs.checkpoint_folder(path))
+    if (path / runfolder.CONFIG).exists() or (path / runfolder.EVENTS).exists():
+        return iter(verify_runs.run(path))
+    # here: caches and exports, each with a function of its own
+    raise UserError(
+        f"{path} is no folder of irkd shards ({format.MANIFEST} in it), no run folder ({runfolder.CONFIG}) and no "
+        f"checkpoint ({runfolder.STATE})"
+    )
 
 
 def shards(folder: Path) -> Iterator[str]:

@@ -140,7 +140,7 @@ def test_panel_rows_take_turns_among_the_classes() -> None:
 
 
 def test_maps_of_unequal_grids_have_an_average() -> None:
-    grids = panels.average([torch.rand(2, 16), torch.rand(2, 4), torch.rand(2, 1)])
+    grids = panels.average([torch.rand(2, 4, 4), torch.rand(2, 2, 2), torch.rand(2, 1, 1)])
     assert grids.shape == (2, 4, 4)
     assert np.isfinite(grids).all()
 

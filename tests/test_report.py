@@ -348,3 +348,80 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the report"):
         report.write([run], tmp_path / "file" / "page.html")
+
+
+def test_a_stage_ends_for_the_reason_that_its_decision_gave(tmp_path: Path) -> None:
+    def decision(step: int, action: str, reason: str) -> dict[str, Any]:
+        return _event(
+            "decision", step, 0, config="c", state={}, decision={"action": action, "reason": reason}
+        )
+
+    moved = [decision(80, "advance", "its 3 minutes are spent"), decision(120, "continue", "")]
+    events = [
+        *EVENTS[:8],
+        moved[0],
+        *EVENTS[9:],
+        decision(160, "finish", "validation accuracy 0.51 reached"),
+        SUMMARY,
+    ]
+    html = report.write([_write_run(tmp_path / "irkd-seed0", events)]).read_text()
+    assert _row(html, "12 px", "stages")[-1] == "its 3 minutes are spent"
+    assert _row(html, "16 px", "stages")[-1] == "validation accuracy 0.51 reached"
+
+
+def test_accuracies_have_intervals_where_the_images_are_counted(tmp_path: Path) -> None:
+    start = EVENTS[0] | {"images": {"train": 900, "val": 100, "test": 400}, "parameters": 500_000,
+                         "teacher_parameters": 5_000_000, "command": "irkd train x.yaml name='a b'",
+                         "commit": "abc123+"}  # fmt: skip
+    run = _write_run(tmp_path / "irkd-seed0", [start, *EVENTS[1:], SUMMARY])
+    (run / "evaluation").mkdir()
+    measured = {"split": "test", "checkpoint": "runs/x/best/stage-01-step-00000120", "samples": 400,
+                "accuracy": {"16": 0.5}, "images_per_s": {"16": {"student": 1234.0, "teacher": 99.0}}}  # fmt: skip
+    (run / "evaluation" / "test-16-best.json").write_text(json.dumps(measured))
+    text = _text(report.write([run]).read_text())
+    # Wilson's interval of 200 of 400, and of 0.5177 of 400, from the formula by hand
+    assert "50.00% 45.1 to 54.9" in text
+    assert "95 %: 46.9 to 56.6" in text
+    for words in ("0.5 M; the teacher", "10 times as many", "900 train, 100 val, 400 test", "commit abc123+",
+                  "student 1,234 images/s, teacher 99 images/s", "irkd train x.yaml name=",
+                  "test split, stage-01-step-00000120, 400 images"):  # fmt: skip
+        assert words in text, words
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_that_figures_cannot_draw_stand_in_the_text(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "$a_1$[red]", [*EVENTS, SUMMARY])
+    _write_panels(run)
+    state = run / "checkpoints" / "step-00000160"
+    state.mkdir(parents=True)
+    names = ["$5^$ <b>", "\U0001f9ff\udcff" + "\u4e2d" * 40]
+    (state / "state.json").write_text(json.dumps({"version": 1, "classes": names}))
+    html = report.write([run]).read_text()
+    assert "Class 1 is " in html
+    assert "\u4e2d" * 40 in html
+    assert "$5^$ &lt;b&gt;" in html
+    assert "<h1>$a_1$[red]</h1>" in html
+
+
+def test_panels_of_other_images_are_left_out_and_said(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "irkd-seed0", [*EVENTS, SUMMARY])
+    _write_panels(run)
+    file = run / "panels" / "stage-00-epoch-001.npz"
+    with np.load(file) as arrays:
+        changed = dict(arrays) | {"ids": np.array([7, 8, 9]), "labels": np.array([0, 0, 0])}
+    np.savez_compressed(file, allow_pickle=False, **changed)
+    assert "Left out: 1 of other images" in report.write([run]).read_text()
+
+
+def test_axes_do_not_fill_themselves_with_noise() -> None:
+    from matplotlib.figure import Figure
+
+    from irkd_dist.report import figures
+
+    axes = Figure().subplots()
+    axes.plot([0, 1], [97.1, 97.3])
+    figures.widen(axes, 10, 0, 100)
+    assert axes.get_ylim() == pytest.approx((90, 100), abs=2.9)
+    low, high = axes.get_ylim()
+    assert high - low == pytest.approx(10)
+    assert high <= 100

@@ -165,7 +165,9 @@ def test_what_is_damaged_is_left_out_and_named(
 def test_events_of_stages_that_there_are_not_are_left_out(synthetic: Path) -> None:
     with (synthetic / "events.jsonl").open("a") as file:
         file.write(json.dumps({"event": "stage", "step": 17, "time": 114.0, "stage": 9}) + "\n")
-    assert status.read(synthetic, now=115.0).stage == 1
+    read = status.read(synthetic, now=115.0)
+    assert read.stage == 1
+    assert read.damage == ["1 event of stages that config.yaml does not have, left out"]
 
 
 def test_references_in_its_configuration_are_not_resolved(

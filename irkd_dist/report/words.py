@@ -57,7 +57,7 @@ def notices(run: Run) -> list[str]:
 def facts(run: Run) -> list[tuple[str, str]]:
     """What was run and where, as (name, value)."""
     config, first = run.config, run.last("start")
-    start = run.last("resume") or first
+    start = {**(first or {}), **(run.last("resume") or {})}  # the newest word on each
     student = _model(config.student, configuration.student_distilled(config))
     found = [
         ("Student" if config.teacher else "Network", student),
@@ -83,7 +83,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         again = f", resumed {resumed} time{'s' * (resumed > 1)}" if resumed else ""
         began = datetime.fromtimestamp(first["time"], UTC)
         found.append(("Started", f"{began:%Y-%m-%d %H:%M} UTC{again}"))
-    found += [("Note", note) for note in (start or {}).get("notes", [])]
+    found += [("Note", note) for note in start.get("notes", [])]
     return found
 
 

@@ -126,8 +126,8 @@ def test_events_tell_the_run(student_yaml: Path) -> None:
     }  # fmt: skip
     assert of(events, "teacher")[0]["resolutions"] == [12, 16]
     assert any("blocks.2.norm1 | blocks.3.norm1" in note for note in events[0]["notes"])
-    assert [stage for stage, _, _ in panels.load(folder)] == [0, 0, 1, 1]
-    assert {"images", "student", "teacher"} <= set(panels.load(folder)[0][2])
+    assert [stage for stage, _, _ in panels.load(folder)[0]] == [0, 0, 1, 1]
+    assert {"images", "student", "teacher"} <= set(panels.load(folder)[0][0][2])
 
 
 def test_a_void_tap_is_named_at_the_start(student_yaml: Path) -> None:
@@ -395,7 +395,7 @@ def test_a_full_view_reaches_panels_and_agreement(shapes: Path, student_yaml: Pa
     with pytest.raises(UserError, match="12 is not a multiple of patch size 8"):
         evaluate.evaluate(teacher, resolutions=[12])
     folder, _ = run(student_yaml, f"teacher.run={teacher}", "teacher.view=full", "curriculum.epochs=1")
-    assert panels.load(folder)[0][2]["teacher"].shape == (2, 2, 2)
+    assert panels.load(folder)[0][0][2]["teacher"].shape == (2, 2, 2)
     assert set(evaluate.evaluate(folder)["agreement"]) == {"8", "12", "16"}
 
 
