@@ -258,8 +258,8 @@ class Config:
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
     # auto: what `accelerate launch` was given, else ddp; zero0 to zero3 are DeepSpeed's ZeRO stages
     engine: Literal["auto", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"] = "auto"
-    # torch.compile of student and teacher; auto: where engine and machine can, on: or refuse
-    compile: Literal["auto", "on", "off"] = "off"
+    # torch.compile of student and teacher: on, off, or auto: where engine and machine can (YAML reads on as true)
+    compile: bool | Literal["auto"] = False
     rank_timeout_s: PositiveFloat = 120.0  # a process without a sign of life for so long ends the run
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     track: Track = field(default_factory=Track)

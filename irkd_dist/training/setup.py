@@ -152,12 +152,12 @@ def build(config: Config, engine: Engine) -> Job:
 def _compile(
     config: Config, engine: Engine, distiller: Distiller, teacher: Teacher | None, notes: list[str]
 ) -> None:
-    if config.compile == "off":
+    if not config.compile:
         return
     from irkd_dist.distill import compiling
 
     why = compiling.why_not(engine.device, engine.name)
-    if why is not None and config.compile == "on":
+    if why is not None and config.compile is True:
         raise UserError(f"compile=on, but {why}; use compile=auto or off")
     if why is not None:
         notes.append(f"compile=auto: nothing is compiled, {why}")
