@@ -260,8 +260,8 @@ class Config:
     engine: Annotated[Literal["auto", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"], OPERATIONAL] = (
         "auto"
     )
-    # torch.compile of student and teacher; auto: where engine and machine can, on: or refuse
-    compile: Annotated[Literal["auto", "on", "off"], OPERATIONAL] = "off"
+    # torch.compile of student and teacher: on, off, or auto: where engine and machine can (YAML reads on as true)
+    compile: Annotated[bool | Literal["auto"], OPERATIONAL] = False
     # a process without a sign of life for so long ends the run
     rank_timeout_s: Annotated[float, Field(gt=0, le=10**7), OPERATIONAL] = 120.0
     checkpoint: Annotated[Checkpoint, OPERATIONAL] = field(default_factory=Checkpoint)

@@ -55,6 +55,7 @@ def read(run: Path, now: float | None = None) -> Status:
     stages, by_tokens = _stages(run)
     everything = runfolder.settled(log.events)
     events = [e for e in everything if e.get("stage", 0) in range(len(stages))]
+    others = len(everything) - len(events)
     told, damage = runfolder.read_status(run)
     kinds = {kind: [e for e in events if e["event"] == kind] for kind in ("train", "evaluation", "stage")}
     entered = kinds["stage"][-1] if kinds["stage"] else {"stage": 0, "resolution": stages[0][0], "step": 0}

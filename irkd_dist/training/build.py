@@ -197,12 +197,12 @@ def config_digest(config: Config) -> str:
 def _compile(
     config: Config, engine: Engine, distiller: Distiller, teacher: Teacher | None, notes: list[str]
 ) -> None:
-    if config.compile == "off":
+    if config.compile is False:
         return
     from irkd_dist.distill import compiling
 
     why = compiling.why_not(engine.device, engine.name)
-    if why is not None and config.compile == "on":
+    if why is not None and config.compile is True:
         raise UserError(f"compile=on, but {why}; use compile=auto or off")
     if why is not None:
         notes.append(f"compile=auto: nothing is compiled, {why}")
