@@ -1,18 +1,23 @@
 # make demo: the whole job on synthetic images; make test: every test but those of clusters; make cluster: those, on a
-# real SLURM (Debian: slurm-wlm munge shellcheck) and with the real wandb agent; make chaos: faults, on and on; make lint
+# real SLURM (Debian: slurm-wlm munge shellcheck) and with the real wandb agent; make chaos: faults, on and on; make lint;
+# make fuzz: damaged input to every reader; make lock, lowest, sbom, dist: see docs/development.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test cluster chaos lint format clean env
+# LOCKED=1: the exact versions of requirements.lock, each file by its hash; else the newest that pyproject.toml allows
+LOCKED ?=
+
+.PHONY: demo test cluster chaos fuzz lint format lock lowest sbom dist clean env
 env: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[all,dev]'
+	$(if $(LOCKED),$(BIN)/pip install --quiet --require-hashes -r requirements.lock)
+	$(BIN)/pip install --quiet $(if $(LOCKED),--no-deps) --editable '.[all,dev]'
 	@touch $@
 
 demo: $(STAMP)
@@ -29,6 +34,10 @@ SEED ?= 7
 chaos: $(STAMP)
 	$(BIN)/python -m tests.chaos --faults $(FAULTS) --seed $(SEED)
 
+MINUTES ?= 60
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz.driver --minutes $(MINUTES) --out runs/fuzz
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,5 +47,37 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# what only a release needs, apart from what runs and tests
+TOOLS := .venv-tools
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet uv build twine
+	@touch $@
+
+# for every platform and Python that pyproject.toml allows, told apart by markers
+COMPILE = $(TOOLS)/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --extra all --extra dev \
+	--quiet --no-header --no-annotate --no-emit-index-url --no-emit-find-links
+lock: $(TOOLS)/.installed
+	$(COMPILE) --upgrade --generate-hashes --output-file requirements.lock
+	$(COMPILE) --upgrade --resolution lowest-direct --output-file requirements-lowest.txt
+
+# the oldest versions that pyproject.toml allows: installed apart, and used for a small job and the quick tests
+LOWEST := .venv-lowest
+lowest: $(TOOLS)/.installed
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(TOOLS)/bin/uv pip install --quiet --python $(LOWEST)/bin/python -r requirements-lowest.txt
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest tests/test_cli.py::test_the_demo tests/test_config.py tests/test_checkpoint.py \
+		tests/data/test_shards.py tests/data/test_sources.py tests/distill tests/training/test_optim.py \
+		tests/training/test_curriculum.py
+
+sbom: $(STAMP)
+	$(BIN)/python release/sbom.py sbom.json requirements.lock
+
+# the same commit gives the same bytes: the time in the archives is the commit's
+dist: $(TOOLS)/.installed
+	rm -rf dist
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(TOOLS)/bin/python -m build --outdir dist .
+	$(TOOLS)/bin/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TOOLS) $(LOWEST) dist sbom.json .pytest_cache .ruff_cache

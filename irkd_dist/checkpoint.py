@@ -202,6 +202,8 @@ def _altered(state: dict[str, Any], data: bytes) -> str | None:
         whole = data.replace((_OWN % own).encode(), (_OWN % "").encode(), 1)
         if own != hashlib.sha256(whole).hexdigest():
             return "its checksum differs"
+    elif f'"{STATE}": "'.encode() in data:
+        return "its checksum is not where it belongs"
     return runfolder.wrong_type(state, _TYPES) or runfolder.wrong_type(
         state.get("curriculum", {}), _CURRICULUM_TYPES
     )

@@ -10,9 +10,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from irkd_dist import __version__
-from irkd_dist.errors import EXIT_STOPPED, EXIT_USER, Lost, Stopped, UserError, keep_traceback, place, say
+from irkd_dist.errors import (
+    EXIT_STOPPED,
+    EXIT_USER,
+    Lost,
+    Stopped,
+    UserError,
+    keep_traceback,
+    place,
+    printable,
+    say,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,45 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"irkd_dist {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    render = _command(commands, "render", "images -> WebDataset shards at every resolution")
-    render.add_argument("source", choices=["parquet", "cifar10", "idx", "folder", "wds", "synthetic"])
-    render.add_argument("--path", type=Path, help="where the source's files are (synthetic needs none)")
-    render.add_argument("--out", type=Path, required=True, help="folder of the shards")
-    render.add_argument(
-        "--resolutions", required=True, metavar="R,R,...", help="in pixels, e.g. 12,16,20,24,28,32"
+    _render_options(
+        _command(commands, "render", "images -> WebDataset shards at every resolution", help_option=False)
     )
-    render.add_argument(
-        "--mode", choices=["resize", "crop"], default="resize",
-        help="resize: antialiased, at every resolution; crop: the full-size image only, training crops from it",
-    )  # fmt: skip
-    render.add_argument("--encoding", choices=["png", "npy", "webp", "jpg"], default="png")
-    render.add_argument("--samples-per-shard", type=int, default=2000, metavar="N")
-    render.add_argument(
-        "--val-fraction", type=float, default=0.1, metavar="F", help="held out of train (default 0.1)"
-    )
-    render.add_argument("--seed", type=int, default=42, help="of the held-out choice and of synthetic images")
-    render.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes; no influence on the result"
-    )
-    render.add_argument(
-        "--max-bad", type=int, default=0, metavar="N", help="unreadable images skipped before it stops"
-    )
-    render.add_argument("--limit", type=int, metavar="N", help="samples of each split at most")
-    render.add_argument("--dataset", help="name in the manifest")
-    render.add_argument("--overwrite", action="store_true", help="replace another render in --out")
-    render.add_argument(
-        "--part", metavar="I/N", help="render the I-th of N parts only (1-based), no manifest yet"
-    )
-    render.add_argument("--image-column", help="of parquet files, if there are several")
-    render.add_argument("--label-column", help="of parquet files, if there are several")
-    render.add_argument("--download", action="store_true", help="fetch CIFAR-10 into --path first")
-    render.add_argument(
-        "--samples", metavar="train=N,test=N", help="of synthetic (default train=4000,test=1000)"
-    )
-    render.add_argument(
-        "--size", type=int, help="of synthetic images in pixels (default: the largest resolution)"
-    )
-    render.set_defaults(call=_render)
 
     train = _command(commands, "train", "train a teacher or a student; the same command resumes")
     train.add_argument("config", help="YAML file; those that ship with the package are named configs/...")
@@ -158,6 +133,12 @@ def _parser() -> argparse.ArgumentParser:
     requeue.add_argument("--owner", metavar="ATTEMPT", help="refuse if the run folder's `owner` is another")
     requeue.set_defaults(call=_requeue)
 
+    verify = _command(
+        commands, "verify", "check every file and image of a folder of shards; exit code 1 if one is bad"
+    )
+    verify.add_argument("path", type=Path, help="folder of shards")
+    verify.set_defaults(call=_verify)
+
     evaluate = commands.add_parser(
         "evaluate", help="accuracy at each resolution, saliency agreement, pointing game"
     )
@@ -189,41 +170,131 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: argparse._SubParsersAction, name: str, what: str) -> argparse.ArgumentParser:
+def _command(
+    commands: argparse._SubParsersAction, name: str, what: str, help_option: bool = True
+) -> argparse.ArgumentParser:
+    about = what[0].upper() + what[1:] + "."
     # an abbreviated option could be an override
-    return commands.add_parser(
-        name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False
+    return commands.add_parser(name, help=what, description=about, add_help=help_option, allow_abbrev=False)
+
+
+_SOURCES = ("parquet", "cifar10", "idx", "folder", "wds", "synthetic")
+_OPTIONS_OF = {  # options of `irkd render` that only some sources have
+    "path": ("parquet", "cifar10", "idx", "folder", "wds"),
+    "image_column": ("parquet",),
+    "label_column": ("parquet",),
+    "download": ("cifar10",),
+    "samples": ("synthetic",),
+    "size": ("synthetic",),
+}
+
+
+def _render_options(render: argparse.ArgumentParser) -> None:
+    add = render.add_argument
+    add(
+        "source",
+        choices=_SOURCES,
+        help="`irkd render SOURCE --help` shows what it has; docs/data.md its layouts",
     )
+    add("--path", type=Path, help="where the source's files are")
+    add("--out", type=Path, required=True, help="folder of the shards")
+    add("--resolutions", required=True, metavar="R,R,...", help="in pixels, e.g. 12,16,20,24,28,32")
+    add("--mode", choices=["resize", "crop"], default="resize",
+        help="resize: antialiased, at every resolution; crop: the full-size image only, to crop from")  # fmt: skip
+    add("--fit", choices=["crop", "squash", "pad"], default="crop",
+        help="of images that are not square: their centre (default), squashed, or whole on black")  # fmt: skip
+    add("--encoding", choices=["png", "npy", "webp", "jpg"], default="png")
+    add(
+        "--classes", metavar="NAMES", help="names or an order of the classes: a,b,c or a file with one a line"
+    )
+    add("--samples-per-shard", type=int, default=2000, metavar="N")
+    add("--val-fraction", type=float, default=0.1, metavar="F", help="held out of train (default 0.1)")
+    add("--seed", type=int, default=42, help="of the held-out choice and of synthetic images")
+    add("--workers", type=int, default=1, metavar="N", help="processes; no influence on the result")
+    add("--max-bad", type=int, default=0, metavar="N", help="unreadable images skipped before it stops")
+    add("--limit", type=int, metavar="N", help="samples of each split at most")
+    add("--dataset", help="name in the manifest")
+    add("--overwrite", action="store_true", help="replace another render in --out")
+    add("--part", metavar="I/N", help="render the I-th of N parts only (1-based), no manifest yet")
+    add("--image-column", help="if there are several")
+    add("--label-column", help="if there are several")
+    add("--download", action="store_true", help="fetch CIFAR-10 into --path first")
+    add("--samples", metavar="train=N,test=N", help="default train=4000,test=1000")
+    add("--size", type=int, help="of the images in pixels (default: the largest resolution)")
+    add("-h", "--help", action=_HelpOfSource, help="of a source if one is named before")
+    render.set_defaults(call=_render)
+
+
+class _HelpOfSource(argparse._HelpAction):
+    """--help after a source: without the options of the others."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *rest: Any) -> None:
+        source = getattr(namespace, "source", None)
+        for action in parser._actions:
+            if source is not None and source not in _OPTIONS_OF.get(action.dest, _SOURCES):
+                action.help = argparse.SUPPRESS
+        super().__call__(parser, namespace, *rest)
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    for option, sources in _OPTIONS_OF.items():
+        if getattr(arguments, option) not in (None, False) and arguments.source not in sources:
+            name = f"--{option.replace('_', '-')}"
+            raise UserError(
+                f"{name} is for source {' or '.join(sources)}, not {arguments.source}; leave it out"
+            )
 
 
 def _render(arguments: argparse.Namespace) -> int:
+    _check_options(arguments)
+    try:
+        return _render_source(arguments)
+    except KeyboardInterrupt:
+        say("irkd: interrupted; the same command goes on from here")
+        return 130
+
+
+def _render_source(arguments: argparse.Namespace) -> int:
     with _imports():
-        from irkd_dist.data import render
-        from irkd_dist.data.sources import open_source
+        from irkd_dist.data import preview, render
+        from irkd_dist.data.sources import naming, open_source
         from irkd_dist.training.tracking import count_bar
 
     resolutions = _numbers(arguments.resolutions, "--resolutions")
     options = render.Options(
         resolutions, arguments.mode, arguments.encoding, arguments.samples_per_shard, arguments.val_fraction,
-        arguments.seed, arguments.limit, arguments.dataset, arguments.workers, arguments.max_bad,
+        arguments.seed, arguments.limit, arguments.dataset, arguments.workers, arguments.max_bad, arguments.fit,
     )  # fmt: skip
+    render.check(options)
     source = open_source(
         arguments.source, arguments.path, image_column=arguments.image_column, label_column=arguments.label_column,
-        download=arguments.download, samples=_samples(arguments.samples), size=arguments.size or max(resolutions),
-        seed=arguments.seed,
+        download=arguments.download, samples=_samples(arguments.samples), seed=arguments.seed,
+        size=max(resolutions) if arguments.size is None else arguments.size,
+        classes=naming.given(arguments.classes) if arguments.classes is not None else None,
     )  # fmt: skip
-    with count_bar("shards") as (progress, say):
+    with count_bar("shards") as (progress, tell):
         manifest = render.render(
             source, arguments.out, options, overwrite=arguments.overwrite, part=_part(arguments.part),
-            progress=progress, warn=lambda text: say(f"warning: {text}"),
+            progress=progress, warn=lambda text: tell(f"warning: {printable(text)}"),
         )  # fmt: skip
     if manifest is not None:
         splits = ", ".join(f"{count} {split}" for split, count in manifest.splits.items())
         sizes = ", ".join(map(str, manifest.resolutions))
-        print(
-            f"{arguments.out}: {len(manifest.classes)} classes, {splits}, at {sizes} px; see {render.PREVIEW}"
-        )
+        out, count = printable(str(arguments.out)), len(manifest.classes)
+        print(f"{out}: {count} classes, {splits}, at {sizes} px; see {preview.PREVIEW}")
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    with _imports():
+        from irkd_dist import verify
+
+    problems = 0
+    for problem in verify.verify(arguments.path):
+        print(printable(problem), flush=True)
+        problems += 1
+    print(printable(f"{arguments.path}: {f'{problems} problems' if problems else 'all as it should be'}"))
+    return 1 if problems else 0
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -320,7 +391,7 @@ def _part(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     number, slash, count = text.partition("/")
-    if not slash or not number.isdigit() or not count.isdigit() or not 1 <= int(number) <= int(count):
+    if not slash or not number.isdecimal() or not count.isdecimal() or not 1 <= int(number) <= int(count):
         raise UserError(f"--part {text!r} is not of the form I/N with I from 1 to N")
     return int(number) - 1, int(count)
 
@@ -331,7 +402,7 @@ def _samples(text: str | None) -> dict[str, int] | None:
     result = {}
     for item in text.split(","):
         split, _, count = item.partition("=")
-        if split not in ("train", "val", "test") or not count.isdigit():
+        if split not in ("train", "val", "test") or not count.isdecimal() or len(count) > 12:
             raise UserError(f"--samples {text!r} is not of the form train=4000,test=1000")
         result[split] = int(count)
     return result

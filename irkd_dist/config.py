@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from irkd_dist import keys, plain, reading
 from irkd_dist.data.recipe import Augment
+from irkd_dist.distill import methods
 from irkd_dist.distill.paper import PAPER_MODELS, PAPER_PATCH
 from irkd_dist.errors import UserError
 from irkd_dist.keys import OPERATIONAL, PATH
@@ -113,7 +114,7 @@ class Saliency:
     """Alignment of saliency maps."""
 
     gamma: NonNegativeFloat = 0.0  # weight; 0 is off
-    method: Literal["gradient", "grad_cam", "hirescam", "attention"] = "gradient"
+    method: str = "gradient"  # a file of irkd_dist/distill/methods
     taps: str | list[Any] = field(
         default_factory=lambda: ["first", "second", "last"]
     )  # or all, numbers, pairs [s, t]
@@ -257,6 +258,8 @@ class Config:
     engine: Annotated[Literal["auto", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"], OPERATIONAL] = (
         "auto"
     )
+    # torch.compile of student and teacher; auto: where engine and machine can, on: or refuse
+    compile: Annotated[Literal["auto", "on", "off"], OPERATIONAL] = "off"
     # a process without a sign of life for so long ends the run
     rank_timeout_s: Annotated[float, Field(gt=0, le=10**7), OPERATIONAL] = 120.0
     checkpoint: Annotated[Checkpoint, OPERATIONAL] = field(default_factory=Checkpoint)
@@ -392,6 +395,10 @@ def check(config: Config) -> None:
     if config.curriculum is not None and not config.curriculum.stages:
         raise UserError("curriculum.stages is empty: give at least one {resolution: ..., epochs: ...}")
     loss = config.loss
+    if loss.saliency.method not in methods.names():
+        raise UserError(
+            f"loss.saliency.method={loss.saliency.method!r} is none of {', '.join(methods.names())}"
+        )
     if config.teacher is None and (loss.kd.alpha or loss.saliency.gamma):
         key, value = ("kd.alpha", loss.kd.alpha) if loss.kd.alpha else ("saliency.gamma", loss.saliency.gamma)
         raise UserError(
@@ -449,7 +456,7 @@ def check(config: Config) -> None:
 def check_engine(config: Config, engine: str) -> None:
     """Refuse what an engine cannot compute."""
     saliency = config.loss.saliency
-    if engine == "zero3" and saliency.gamma and saliency.method != "attention":
+    if engine == "zero3" and saliency.gamma and methods.inner_gradient(saliency.method):
         raise UserError(
             f"engine=zero3 with loss.saliency.method={saliency.method}: ZeRO-3 frees the parameters that the saliency "
             "gradient needs a second time, and DeepSpeed cannot differentiate through it; use engine=fsdp2 (fully "

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 import traceback
+import unicodedata
 from pathlib import Path
 
 EXIT_USER, EXIT_STOPPED = 2, 75  # 75: EX_TEMPFAIL, try again later
@@ -51,10 +52,18 @@ AWAY = {
 }
 
 
+_NO_TEXT = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's categories of controls, surrogates, line and paragraph ends
+
+
 def unreadable(file: Path, error: OSError) -> UserError:
     """The error of a file that is there and cannot be read: `Passing` if the file system may come back."""
     kind = Passing if error.errno in AWAY else UserError
     return kind(f"{file} cannot be read: {error.strerror or error}")
+
+
+def printable(text: str) -> str:
+    """Text that any terminal, page or picture can show: control characters and lone surrogates are escaped."""
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in _NO_TEXT else c for c in text)
 
 
 def say(line: str) -> None:

@@ -12,7 +12,7 @@ from irkd_dist import checkpoint, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.data import shards
-from irkd_dist.distill import models
+from irkd_dist.distill import models, taps
 from irkd_dist.errors import UserError
 
 
@@ -30,7 +30,7 @@ class Network:
     std: tuple[float, float, float]
     size: int
     taps: tuple[str, ...]
-    method: models.Method
+    method: str
     folder: Path  # the checkpoint it came from
     state: dict[str, Any] = field(
         default_factory=dict
@@ -102,7 +102,7 @@ def check_classes(classes: tuple[str, ...], manifest: shards.Manifest, folder: s
 
 def tap_pairs(
     config: Config, student: nn.Module, teacher: nn.Module
-) -> tuple[list[tuple[models.Tap, models.Tap]], list[str]]:
+) -> tuple[list[tuple[taps.Tap, taps.Tap]], list[str]]:
     """The configured taps that have a map in both networks, and what a user should know of them.
 
     Raises:
@@ -110,7 +110,7 @@ def tap_pairs(
     """
     spec = config.loss.saliency
     try:
-        pairs = models.tap_pairs(student, teacher, spec.taps, spec.method, spec.strict_paper)
+        pairs = taps.tap_pairs(student, teacher, spec.taps, spec.method, spec.strict_paper)
     except UserError:
         if spec.gamma:
             raise
@@ -136,10 +136,10 @@ def taps_alone(config: Config, student: nn.Module) -> list[str]:
     """The student's taps without a teacher beside it; none where a tap cannot be resolved."""
     spec = config.loss.saliency
     own = [item[0] if isinstance(item, list) else item for item in spec.taps if item != []]
-    taps = spec.taps if isinstance(spec.taps, str) else own
+    wanted = spec.taps if isinstance(spec.taps, str) else own
     strict = spec.strict_paper and config.teacher is not None  # void taps are kept for the loss alone
     try:
-        pairs = models.tap_pairs(student, student, taps, spec.method, strict)
+        pairs = taps.tap_pairs(student, student, wanted, spec.method, strict)
     except UserError:
         return []
     return [s.path for s, _ in pairs if strict or not s.void]

@@ -193,6 +193,15 @@ def printable(text: str) -> str:
     )
 
 
+def span(seconds: float) -> str:
+    """A length of time in its two largest units."""
+    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if seconds >= size:
+            rest = int(seconds % size // part)
+            return f"{int(seconds // size)} {unit}" + (f" {rest} {smaller}" if rest else "")
+    return f"{seconds:.0f} s"
+
+
 # ---- what values are
 
 

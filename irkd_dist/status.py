@@ -53,7 +53,9 @@ def read(run: Path, now: float | None = None) -> Status:
     now = time.time() if now is None else now
     log = runfolder.read_log(run)
     stages, by_tokens = _stages(run)
-    events = [e for e in runfolder.settled(log.events) if e.get("stage", 0) in range(len(stages))]
+    everything = runfolder.settled(log.events)
+    events = [e for e in everything if e.get("stage", 0) in range(len(stages))]
+    others = len(everything) - len(events)
     told, damage = runfolder.read_status(run)
     kinds = {kind: [e for e in events if e["event"] == kind] for kind in ("train", "evaluation", "stage")}
     entered = kinds["stage"][-1] if kinds["stage"] else {"stage": 0, "resolution": stages[0][0], "step": 0}
@@ -95,12 +97,12 @@ def show(status: Status) -> str:
     """The lines a person reads."""
     s = status
     head = {
-        "waiting": f"has not trained yet, last sign of life {_span(s.age)} ago",
-        "running": f"running, last sign of life {_span(s.age)} ago",
-        "silent": f"no sign of life for {_span(s.age)}: killed, or it hangs; the same command goes on with it",
-        "stopped": f"stopped {_span(s.age)} ago; the same command goes on with it",
-        "finished": f"finished {_span(s.age)} ago",
-        "failed": f"failed {_span(s.age)} ago",
+        "waiting": f"has not trained yet, last sign of life {runfolder.span(s.age)} ago",
+        "running": f"running, last sign of life {runfolder.span(s.age)} ago",
+        "silent": f"no sign of life for {runfolder.span(s.age)}: killed, or it hangs; the same command goes on with it",
+        "stopped": f"stopped {runfolder.span(s.age)} ago; the same command goes on with it",
+        "finished": f"finished {runfolder.span(s.age)} ago",
+        "failed": f"failed {runfolder.span(s.age)} ago",
     }[s.state]
     rows = [
         ("stage", f"{s.stage + 1} of {s.stages}: {s.resolution} px, {s.epoch} of {s.epochs} epochs done"),
@@ -117,13 +119,13 @@ def show(status: Status) -> str:
     if s.checkpoint_step is None or s.checkpoint_age is None:
         rows.append(("checkpoint", "none yet"))
     else:
-        rows.append(("checkpoint", f"step {s.checkpoint_step:,}, {_span(s.checkpoint_age)} old"))
+        rows.append(("checkpoint", f"step {s.checkpoint_step:,}, {runfolder.span(s.checkpoint_age)} old"))
     rows.append(("restarts", str(s.restarts)))
     if s.trouble:
         rows.append(("events", ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in s.trouble.items())))
     if s.left is not None:
         how = "an estimate" + (": later stages by their pixels" if s.stage + 1 < s.stages else "")
-        rows.append(("left", f"about {_span(s.left)} of training at most ({how})"))
+        rows.append(("left", f"about {runfolder.span(s.left)} of training at most ({how})"))
     rows += [("damaged", runfolder.printable(text)) for text in s.damage]
     return "\n".join(
         [f"{runfolder.printable(s.run)}: {head}", *(f"  {name:<11} {text}" for name, text in rows)]
@@ -153,10 +155,13 @@ def overview(path: Path, now: float | None = None) -> str:
 
 
 def _line(s: Status) -> str:
-    parts = [f"{s.state} {_span(s.age)} ago", f"stage {s.stage + 1} of {s.stages} ({s.resolution} px)"]
+    parts = [
+        f"{s.state} {runfolder.span(s.age)} ago",
+        f"stage {s.stage + 1} of {s.stages} ({s.resolution} px)",
+    ]
     parts.append(f"step {s.step:,}" + (f" of {s.steps:,}" if s.steps and s.state != "finished" else ""))
     parts += [f"{s.split} {s.best:.2%}"] if s.best is not None else []
-    parts += [f"about {_span(s.left)} left"] if s.left is not None else []
+    parts += [f"about {runfolder.span(s.left)} left"] if s.left is not None else []
     parts += [s.reason] if s.reason else []
     parts += [f"damaged: {text}" for text in s.damage]
     return runfolder.printable(f"{Path(s.run).name}  " + ", ".join(parts))
@@ -231,12 +236,3 @@ def _left(
     side, epochs = stages[here]
     rest = max(epochs - (step - first) / per_epoch, 0)
     return epoch_s * (rest + sum(count * (later / side) ** 2 for later, count in stages[here + 1 :]))
-
-
-def _span(seconds: float) -> str:
-    """A length of time in its two largest units."""
-    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if seconds >= size:
-            rest = int(seconds % size // part)
-            return f"{int(seconds // size)} {unit}" + (f" {rest} {smaller}" if rest else "")
-    return f"{seconds:.0f} s"

@@ -1,6 +1,7 @@
 """`irkd status` on a run that was killed and went on, and its estimate against arithmetic done by hand."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -115,3 +116,66 @@ def test_what_is_no_run_folder_is_said(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").touch()
     with pytest.raises(UserError, match=r"config\.yaml"):
         status.read(tmp_path)
+
+
+def test_a_folder_of_runs_is_listed_newest_first(synthetic: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "all"
+    shutil.copytree(synthetic, runs / "old[red]", ignore=shutil.ignore_patterns("all"))
+    shutil.copytree(runs / "old[red]", runs / "new")
+    shutil.copytree(runs / "old[red]", runs / "broken")
+    (runs / "new" / "status.json").write_text('{"state": "stopped", "time": 140.0, "reason": "SIGTERM"}')
+    (runs / "broken" / "config.yaml").write_text("curriculum: 3")
+    (runs / "shards").mkdir()  # no run
+    new, old, broken = status.overview(runs, now=150.0).splitlines()
+    assert new.startswith("new  stopped 10 s ago, stage 2 of 3 (16 px), step 17 of 60")
+    assert new.endswith("SIGTERM")
+    assert old.startswith("old[red]  running 36 s ago")
+    assert broken.startswith("broken  damaged: ")
+    with pytest.raises(UserError, match="is no run folder and holds none"):
+        status.overview(runs / "shards")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("status.json", '{"state": ["running"], "time": "now"}', "status.json is damaged: state="),
+        ("status.json", "[" * 100_000, "status.json is damaged: nested too deeply"),
+        (
+            "events.jsonl",
+            None,
+            "1 line of events.jsonl cut short or altered, and left out: line 5: not UTF-8",
+        ),
+    ],
+)
+def test_what_is_damaged_is_left_out_and_named(
+    synthetic: Path, name: str, text: str | None, said: str
+) -> None:
+    file = synthetic / name
+    if text is None:
+        lines = file.read_bytes().split(b"\n")
+        lines[4] = lines[4][:9] + bytes([lines[4][9] | 128]) + lines[4][10:]
+        file.write_bytes(b"\n".join(lines))
+    else:
+        file.write_text(text)
+    shown = status.overview(synthetic, now=115.0)
+    assert f"damaged     {said}" in shown
+    assert "step        17 of 60 at most" in shown
+
+
+def test_events_of_stages_that_there_are_not_are_left_out(synthetic: Path) -> None:
+    with (synthetic / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "stage", "step": 17, "time": 114.0, "stage": 9}) + "\n")
+    assert status.read(synthetic, now=115.0).stage == 1
+
+
+def test_references_in_its_configuration_are_not_resolved(
+    synthetic: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IRKD_SECRET", "3")
+    file = synthetic / "config.yaml"
+    text = file.read_text()
+    file.write_text(text + "name: ${oc.env:IRKD_SECRET}\n")
+    assert status.read(synthetic, now=115.0).stages == 3
+    file.write_text(text.replace("{epochs: 3", "{epochs: '${oc.env:IRKD_SECRET}'"))
+    with pytest.raises(UserError, match="names no stages"):
+        status.read(synthetic, now=115.0)

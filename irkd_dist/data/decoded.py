@@ -70,7 +70,7 @@ class Images:
     def __init__(self, data: Dataset, size: int, work: Work) -> None:
         """Raises UserError as `Dataset.open` does; with cache "device" also for an image that cannot be read."""
         self._split = data.open(size)
-        self._name, self._encoding = f"{data.folder} {data.split}", data.manifest.encoding
+        self._name = f"{data.folder} {data.split}"
         self._encoding: Encoding = data.manifest.encoding
         self._device = work.device
         self._cache: Tensor | None = None
@@ -86,8 +86,8 @@ class Images:
             if self.kept != "none":
                 place = work.device if self.kept == "device" else "cpu"
                 self._cache = torch.empty(len(self.ids), *self._shape, dtype=torch.uint8, device=place)
-            if self.kept == "device":
-                self._fill_all(work.workers)
+                if self.kept == "device":
+                    self._fill_all(self._cache, work.workers)
         except BaseException:
             self.close()
             raise
@@ -106,10 +106,11 @@ class Images:
 
     def take(self, rows: np.ndarray) -> Tensor:
         """The images of some rows."""
-        if self._cache is None:
+        cache = self._cache
+        if cache is None:
             return self._put(self._decode(rows))
-        self._fill(rows)
-        return self._put(self._cache.index_select(0, torch.from_numpy(rows).to(self._cache.device)))
+        self._fill(cache, rows)
+        return self._put(cache.index_select(0, torch.from_numpy(rows).to(cache.device)))
 
     def _decide(self, wanted: Cache) -> Cache:
         """Where decoded images are kept; over the epochs that is nearly all of them, in every process."""
@@ -132,18 +133,17 @@ class Images:
     def _say(self, why: str, instead: str) -> None:
         self.note = f"{self._name} at {self.size} px: decoded images are kept {instead}, not data.cache={why}"
 
-    def _fill_all(self, workers: int) -> None:
+    def _fill_all(self, cache: Tensor, workers: int) -> None:
         parts = np.array_split(np.arange(len(self.ids)), -(-len(self.ids) // 1024))
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(self._fill, parts))
+            list(pool.map(lambda rows: self._fill(cache, rows), parts))
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the loader's threads read on streams of their own
 
-    def _fill(self, rows: np.ndarray) -> None:
+    def _fill(self, cache: Tensor, rows: np.ndarray) -> None:
         missing = rows[~self._filled[rows]]
-        if len(missing) and self._cache is not None:
-            images = self._decode(missing).to(self._cache.device)
-            self._cache[torch.from_numpy(missing).to(self._cache.device)] = images
+        if len(missing):
+            cache[torch.from_numpy(missing).to(cache.device)] = self._decode(missing).to(cache.device)
             self._filled[missing] = True
 
     def _decode(self, rows: np.ndarray) -> Tensor:

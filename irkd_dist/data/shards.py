@@ -1,51 +1,52 @@
-"""The shard format, nothing else: manifest, tar index, checksums, decoding.
+"""The shard format, nothing else: manifest, checksums, which files make up a split.
 
 A folder of shards holds `manifest.json`, `preview.png` and, for each resolution, plain WebDataset tars:
 `r12/train-000000.tar` with `000000000.png`, `000000000.cls` (and `000000000.mask.png` where the source
-knows the true object). Keys and their order are the same at every resolution.
+knows the true object), and beside each its index, see index.py. Keys and their order are the same at every resolution.
 """
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import functools
 import hashlib
-import io
 import json
 import os
-import shutil
-from collections.abc import Iterator
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from irkd_dist import runfolder
-from irkd_dist.errors import UserError
+from irkd_dist.data import files, index
+from irkd_dist.data.files import atomic
+from irkd_dist.data.index import Index
+from irkd_dist.data.pixels import Encoding, decode, encode_npy
+from irkd_dist.data.samples import Split
+from irkd_dist.errors import UserError, printable
 
-if TYPE_CHECKING:  # torch takes seconds to import and only decode() needs it
-    import torch
+__all__ = ["Encoding", "Manifest", "Mode", "Shard", "Split", "atomic", "decode", "encode_npy", "open_split"]
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PARTS = ".parts"  # records of an unfinished (or repairable) render, see render.py
 
-Encoding = Literal["png", "npy", "webp", "jpg"]
 Mode = Literal["resize", "crop"]
 
-_BLOCK = 512  # tar's unit: headers are one block, data is padded to whole blocks
+_MOST = 1 << 53  # of counts in a manifest; beyond it JSON's readers differ
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: `name` is inside the folder of its resolution; sha256 is of the whole file."""
+    """One tar file: `name` is inside the folder of its resolution; sha256 is of the whole file, index of its index's.
+
+    index None: rendered before there were indices; the tar is scanned.
+    """
 
     name: str
     samples: int
     bytes: int
     sha256: str
+    index: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,27 +75,6 @@ class Manifest:
     render: dict[str, Any]
 
 
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` whole (written, fsynced, renamed) or not at all.
-
-    Raises UserError when it cannot be written, naming the free space; the temporary file is removed.
-    """
-    try:
-        with runfolder.whole(path, path.with_name(path.name + ".tmp")) as file:
-            yield file
-    except OSError as error:
-        reason = f"{error.strerror or error}{_free_space(path.parent)}"
-        raise UserError(f"cannot write {path}: {reason}") from error
-
-
-def _free_space(folder: Path) -> str:
-    try:
-        return f"; {shutil.disk_usage(folder).free / 2**20:,.1f} MiB free there"
-    except OSError:
-        return ""
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `folder/manifest.json` atomically; the same manifest always gives the same bytes."""
     with atomic(folder / MANIFEST) as file:
@@ -109,12 +89,12 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     try:
-        raw = json.loads(path.read_bytes())
+        raw = json.loads(files.read(path))
     except FileNotFoundError:
         raise UserError(_no_manifest(Path(folder))) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); {_repair(Path(folder))}") from error
     if not isinstance(raw, dict) or "version" not in raw:
         raise UserError(f"{path} is no manifest of irkd shards: it has no version; {_repair(Path(folder))}")
@@ -126,7 +106,7 @@ def load_manifest(folder: Path) -> Manifest:
     try:
         manifest = _manifest(raw)
         _check_counts(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{path} is incomplete: {what}; {_repair(Path(folder))}") from error
     return manifest
@@ -151,35 +131,60 @@ def _repair(folder: Path) -> str:
 def _manifest(raw: dict[str, Any]) -> Manifest:
     if raw["encoding"] not in get_args(Encoding) or raw["mode"] not in get_args(Mode):
         raise ValueError(f"unknown encoding {raw['encoding']!r} or mode {raw['mode']!r}")
+    if not isinstance(raw["classes"], list) or not raw["classes"]:
+        raise ValueError("classes is no list of names")
+    if not all(isinstance(name, str) for name in raw["classes"]):
+        raise ValueError(
+            f"classes holds what is no name: {next(c for c in raw['classes'] if type(c) is not str)!r}"
+        )
     shards = {
-        resolution: {split: tuple(_shard(record) for record in files) for split, files in splits.items()}
+        resolution: {split: tuple(_shard(record) for record in listed) for split, listed in splits.items()}
         for resolution, splits in raw["shards"].items()
     }
     return Manifest(
         version=raw["version"],
-        dataset=str(raw["dataset"]),
-        source=str(raw["source"]),
-        classes=tuple(str(name) for name in raw["classes"]),
-        mean=_triple(raw["mean"]),
-        std=_triple(raw["std"]),
+        dataset=printable(str(raw["dataset"])),
+        source=printable(str(raw["source"])),
+        classes=tuple(printable(name) for name in raw["classes"]),
+        mean=_triple(raw, "mean", 0.0, 1.0),
+        std=_triple(raw, "std", 1e-9, 1.0),
         mode=raw["mode"],
         encoding=raw["encoding"],
         masks=bool(raw["masks"]),
-        val_fraction=float(raw["val_fraction"]),
-        seed=int(raw["seed"]),
-        resolutions=tuple(int(r) for r in raw["resolutions"]),
-        splits={str(split): int(n) for split, n in raw["splits"].items()},
+        val_fraction=_number("val_fraction", raw["val_fraction"], 0.0, 1.0),
+        seed=_whole("seed", raw["seed"], -_MOST),
+        resolutions=tuple(_whole("resolutions", r, 1, 1 << 16) for r in raw["resolutions"]),
+        splits={printable(str(split)): _whole(f"splits.{split}", n) for split, n in raw["splits"].items()},
         shards=shards,
         render=dict(raw["render"]),
     )
 
 
 def _shard(record: dict[str, Any]) -> Shard:
-    return Shard(str(record["name"]), int(record["samples"]), int(record["bytes"]), str(record["sha256"]))
+    name, checksums = str(record["name"]), [str(record["sha256"])]
+    if not re.fullmatch(r"[\w.-]+\.tar", name):
+        raise ValueError(f"{name!r} is no name of a shard")
+    if record.get("index") is not None:
+        checksums.append(str(record["index"]))
+    if not all(re.fullmatch("[0-9a-f]{64}", checksum) for checksum in checksums):
+        raise ValueError(f"shard {name} has a checksum that is none: {max(checksums, key=len)[:80]!r}")
+    return Shard(name, _whole("samples", record["samples"]), _whole("bytes", record["bytes"]), *checksums)
 
 
-def _triple(values: list[float]) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
+def _whole(key: str, value: Any, least: int = 0, most: int = _MOST) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{key} is {str(value)[:40]!r}, not a whole number from {least} to {most}")
+    return value
+
+
+def _number(key: str, value: Any, least: float, most: float) -> float:
+    if type(value) not in (int, float) or not least <= value <= most:
+        raise ValueError(f"{key} is {str(value)[:40]!r}, not a number from {least} to {most}")
+    return float(value)
+
+
+def _triple(raw: dict[str, Any], key: str, least: float, most: float) -> tuple[float, float, float]:
+    red, green, blue = (_number(key, value, least, most) for value in raw[key])
     return red, green, blue
 
 
@@ -191,67 +196,6 @@ def _check_counts(manifest: Manifest) -> None:
             found = sum(shard.samples for shard in manifest.shards[f"r{resolution}"][split])
             if found != expected:
                 raise ValueError(f"r{resolution}/{split} lists {found} samples, splits say {expected}")
-
-
-class Split:
-    """The samples of one split at one resolution, read by index; thread-safe.
-
-    keys: N strings; labels: (N,) int64. Reads are positioned reads on open files, so that a file cut short
-    while in use is an error and not a bus error.
-    """
-
-    def __init__(self, files: list[Path], index: list[_Entry]) -> None:
-        self.keys = [entry.key for entry in index]
-        self.labels = np.array([entry.label for entry in index], dtype=np.int64)
-        self._paths = files
-        self._shard = np.array([entry.shard for entry in index], dtype=np.int64)
-        self._image = np.array([entry.image for entry in index], dtype=np.int64).reshape(-1, 2)
-        self._mask = np.array([entry.mask for entry in index], dtype=np.int64).reshape(-1, 2)
-        self._descriptors: list[int] = []
-        _allow_open_files(len(files))
-        try:
-            for path in files:
-                self._descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        except OSError as error:
-            self.close()
-            raise UserError(f"cannot open {error.filename}: {error.strerror}") from error
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def image(self, i: int) -> bytes:
-        """The encoded image of sample i."""
-        return self._read(int(self._shard[i]), self._image[i])
-
-    def mask(self, i: int) -> bytes | None:
-        """The object mask of sample i as PNG bytes (8-bit, 0 or 255), None where the source has none."""
-        if self._mask[i, 1] < 0:
-            return None
-        return self._read(int(self._shard[i]), self._mask[i])
-
-    def _read(self, shard: int, place: np.ndarray) -> bytes:
-        offset, size = int(place[0]), int(place[1])
-        data = os.pread(self._descriptors[shard], size, offset)
-        if len(data) != size:
-            path = self._paths[shard]
-            raise UserError(f"{path} was cut short while in use; {_repair(path.parents[1])}")
-        return data
-
-    def close(self) -> None:
-        """Close the files; reading afterwards is an error."""
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors = []
-
-
-def _allow_open_files(count: int) -> None:
-    # The usual soft limit of 1024 open files is below the shard count of a large data set.
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if count + 256 > soft:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def open_split(
@@ -275,28 +219,55 @@ def open_split(
         raise UserError(
             f"{folder} has no resolution {resolution}, only {have}; render it too: irkd render --resolutions"
         )
-    files, index = [], []
-    for number, shard in enumerate(manifest.shards[f"r{resolution}"][split]):
+    paths, indices = [], []
+    for shard in manifest.shards[f"r{resolution}"][split]:
         path = folder / f"r{resolution}" / shard.name
         problem = damage(path, shard, verify)
         if problem:
             raise UserError(f"{path} {problem}; {_repair(folder)}")
         try:
-            entries = _scan(path, number, manifest.encoding)
+            part = index_of(path, shard, manifest.encoding)
+            _check_labels(part, len(manifest.classes))
         except (ValueError, OSError) as error:
             raise UserError(f"{path} is not a shard of this manifest: {error}; {_repair(folder)}") from error
-        if len(entries) != shard.samples:
-            counts = f"{len(entries)} samples, the manifest says {shard.samples}"
+        if len(part) != shard.samples:
+            counts = f"{len(part)} samples, the manifest says {shard.samples}"
             raise UserError(f"{path} has {counts}; {_repair(folder)}")
-        files.append(path)
-        index += entries
-    return Split(files, index)
+        paths.append(path)
+        indices.append(part)
+    return Split(paths, indices)
+
+
+def index_of(path: Path, shard: Shard, encoding: Encoding) -> Index:
+    """The index of a shard: read, or scanned where there is none of this very tar. Raises ValueError, OSError."""
+    return written_index(path, shard) or scan(path, encoding)
+
+
+def written_index(path: Path, shard: Shard) -> Index | None:
+    """The index that was written beside a shard's tar; None: none, or of another tar. Raises ValueError, OSError."""
+    if shard.index is None:
+        return None
+    return index.decode(files.read(path.with_name(index.file_name(path.name))), shard.bytes, shard.sha256)
+
+
+def scan(path: Path, encoding: Encoding) -> Index:
+    """The index of a shard from its tar alone. Raises ValueError, OSError."""
+    with open(path, "rb", buffering=0) as file:
+        size = files.regular(path).st_size
+        return index.scan(lambda count, offset: os.pread(file.fileno(), count, offset), size, encoding)
+
+
+def _check_labels(part: Index, classes: int) -> None:
+    wrong = np.flatnonzero((part.labels < 0) | (part.labels >= classes))
+    if wrong.size:
+        label, key = part.labels[wrong[0]], part.keys[wrong[0]]
+        raise ValueError(f"sample {key} has label {label}, the manifest has {classes} classes")
 
 
 def damage(path: Path, shard: Shard, verify: Literal["checksum", "size"] = "checksum") -> str | None:
-    """What is wrong with a shard's file ("is missing", "is truncated: ...", ...); None when it is whole."""
+    """What is wrong with a shard's files ("is missing", "is truncated: ...", ...); None when they are whole."""
     try:
-        size = path.stat().st_size
+        size = files.regular(path).st_size
         if size != shard.bytes:
             word = "truncated" if size < shard.bytes else "altered"
             return f"is {word}: {size:,} bytes, the manifest says {shard.bytes:,}"
@@ -306,141 +277,20 @@ def damage(path: Path, shard: Shard, verify: Literal["checksum", "size"] = "chec
         return "is missing"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
+    return _damaged_index(path, shard)
+
+
+def _damaged_index(path: Path, shard: Shard) -> str | None:
+    name = index.file_name(path.name)
+    try:
+        if shard.index is not None and _sha256(path.with_name(name)) != shard.index:
+            return f"has an altered index: the sha256 of {name} is not the manifest's"
+    except OSError as error:
+        return f"has no readable index: {name}: {error.strerror}"
     return None
 
 
 def _sha256(path: Path) -> str:
+    files.regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@dataclass
-class _Entry:
-    """Where a sample lies: (offset, size) of its members in the file, size -1 when there is none."""
-
-    key: str
-    shard: int
-    label: int = -1
-    image: tuple[int, int] = (0, -1)
-    mask: tuple[int, int] = (0, -1)
-
-
-def _scan(path: Path, shard: int, encoding: str) -> list[_Entry]:
-    """The samples of one tar in file order. Raises ValueError for anything our writer does not write."""
-    entries: list[_Entry] = []
-    for name, offset, size, head in _members(path):
-        key, _, kind = name.partition(".")
-        if not entries or entries[-1].key != key:
-            entries.append(_Entry(key, shard))
-        if kind == "cls":
-            entries[-1].label = int(head[:size])
-        elif kind == encoding:
-            entries[-1].image = (offset, size)
-        elif kind == "mask.png":
-            entries[-1].mask = (offset, size)
-        else:
-            raise ValueError(f"unexpected member {name!r}")
-    for entry in entries:
-        if entry.label < 0 or entry.image[1] < 0:
-            raise ValueError(f"sample {entry.key} has no {'label' if entry.label < 0 else encoding}")
-    return entries
-
-
-def _members(path: Path) -> Iterator[tuple[str, int, int, bytes]]:
-    """(name, data offset, size, first data bytes) of each file in a tar, header by header.
-
-    Python's tarfile needs 10 times as long for it, which at 60,000 samples a user would wait for.
-    """
-    with open(path, "rb", buffering=0) as file:
-        descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
-        position, pax = 0, {}
-        while position + _BLOCK <= end:
-            block = os.pread(descriptor, 2 * _BLOCK, position)  # one read for a label and its header
-            header = block[:_BLOCK]
-            if not header.strip(b"\0"):
-                return
-            name, size, kind = _parse_header(header, position)
-            offset = position + _BLOCK
-            if offset + size > end:
-                raise ValueError(f"member {name!r} reaches beyond the end of the file")
-            if kind == "x":
-                pax = _pax(os.pread(descriptor, size, offset))
-            elif kind in "0\0":
-                size = int(pax.get("size", size))
-                yield pax.get("path", name), offset, size, block[_BLOCK:]
-                pax = {}
-            elif kind != "g":
-                raise ValueError(f"member {name!r} is no plain file")
-            position = offset + -(-size // _BLOCK) * _BLOCK
-        raise ValueError("the end marker is missing")
-
-
-def _parse_header(header: bytes, position: int) -> tuple[str, int, str]:
-    """(name, size, type) of a ustar header. Raises ValueError when it is not one."""
-    if header[257:262] != b"ustar" or _octal(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 32:
-        raise ValueError(f"no valid tar header at byte {position:,}")
-    name = header[:100].split(b"\0", 1)[0].decode()
-    prefix = header[345:500].split(b"\0", 1)[0].decode() if header[345] else ""
-    return f"{prefix}/{name}" if prefix else name, _octal(header[124:136]), chr(header[156])
-
-
-def _octal(field: bytes) -> int:
-    if field[0] & 0x80:  # GNU's binary form for sizes beyond 8 GiB
-        return int.from_bytes(field[1:], "big")
-    return int(field.rstrip(b" \0") or b"0", 8)
-
-
-def _pax(data: bytes) -> dict[str, str]:
-    records, position = {}, 0
-    while position < len(data):
-        length = int(data[position : data.index(b" ", position)])
-        key, _, value = data[position : position + length - 1].partition(b" ")[2].partition(b"=")
-        records[key.decode()] = value.decode()
-        position += length
-    return records
-
-
-def decode(data: bytes, encoding: Encoding) -> torch.Tensor:
-    """Decode one stored image to a uint8 tensor (3, H, W), RGB. Raises ValueError when it cannot be."""
-    import torch
-    from torchvision.io import ImageReadMode, decode_image
-
-    if encoding == "npy":
-        return _decode_npy(data)
-    try:
-        # bytearray: a tensor over read-only bytes makes torch warn
-        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"not a readable {encoding} image of {len(data)} bytes: {error}") from error
-
-
-def _decode_npy(data: bytes) -> torch.Tensor:
-    import torch
-
-    start = 10 + int.from_bytes(data[8:10], "little")
-    height, width = _npy_shape(data[:start])
-    if len(data) - start != height * width * 3:
-        raise ValueError(f"npy image of {height}x{width} px has {len(data) - start} bytes of pixels")
-    pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=start)
-    return pixels.view(height, width, 3).permute(2, 0, 1).contiguous()
-
-
-@functools.lru_cache(maxsize=64)  # one header a resolution: parsing it takes longer than copying the pixels
-def _npy_shape(head: bytes) -> tuple[int, int]:
-    try:
-        if head[:8] != b"\x93NUMPY\x01\x00":
-            raise ValueError("no npy header of version 1.0")
-        header = ast.literal_eval(head[10:].decode("latin1"))
-        height, width, channels = header["shape"]
-        if header["descr"] != "|u1" or header["fortran_order"] or channels != 3:
-            raise ValueError(f"{header['descr']} {header['shape']}")
-    except (ValueError, SyntaxError, KeyError, TypeError) as error:
-        raise ValueError(f"not an npy image (H, W, 3) of uint8: {error}") from error
-    return height, width
-
-
-def encode_npy(pixels: np.ndarray) -> bytes:
-    """An image (H, W, 3) uint8 as .npy bytes, the form that decode() reads."""
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, np.ascontiguousarray(pixels), version=(1, 0))
-    return stream.getvalue()

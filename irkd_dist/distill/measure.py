@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from irkd_dist.distill import models, saliency
+from irkd_dist.distill import models, saliency, taps
 from irkd_dist.distill.teacher import Teacher
 
 
@@ -32,22 +32,31 @@ class TappedModel:
 
     model: nn.Module
     paths: list[str]
-    method: models.Method
+    method: str
     autocast: torch.dtype | None = None
 
+    def with_paths(self, paths: list[str]) -> TappedModel:
+        """The same model, read elsewhere."""
+        return replace(self, paths=paths)
+
     def maps(self, images: Tensor, labels: Tensor) -> list[Tensor]:
-        """Detached maps (B, N), one a tap, in evaluation mode."""
+        """Detached maps (B, h, w), one a tap, in evaluation mode."""
+        return self.answer(images, labels)[1]
+
+    def answer(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Detached logits (B, K) and maps, in evaluation mode."""
         training = self.model.training
         self.model.eval()
-        # the frozen path differentiates from the first tap on, so parameters must not ask for gradients
+        # the graph then starts at the first tap
         asked = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in asked:
             parameter.requires_grad_(False)
         try:
             with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
-                return models.forward_with_maps(
+                output, maps = taps.forward_with_maps(
                     self.model, images, self.paths, self.method, labels, frozen=True
-                )[1]
+                )
+            return models.inference_logits(output), maps
         finally:
             for parameter in asked:
                 parameter.requires_grad_(True)
@@ -92,10 +101,10 @@ def agreement(
         ours = student.maps(images, labels)
         view = images if batch.full is None else batch.full[real]
         theirs = teacher(view, labels, aligned=len(view), logits=False).maps or []
-        theirs = [saliency.resize_map(t, o.shape[1]) for t, o in zip(theirs, ours, strict=True)]
+        theirs = [saliency.resize_map(t, o.shape[1:]) for t, o in zip(theirs, ours, strict=True)]
         loss += float(saliency.saliency_loss(ours, theirs, normalization)[0].sum())
         count += len(images)
-        for a, b in zip(ours, theirs, strict=True):
+        for a, b in ((o.flatten(1), t.flatten(1)) for o, t in zip(ours, theirs, strict=True)):
             correlation += float(
                 F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)).sum()
             )
@@ -106,11 +115,9 @@ def agreement(
 def pointing_hits(maps: list[Tensor], masks: Tensor) -> Tensor:
     """Pointing game (Zhang et al. 2018): does the saliency's peak lie on the object?
 
-    Each sample's maps (B, N) are min-max normalised, averaged over the taps, and enlarged to the image; masks
-    (B, H, W) are true on the object. Returns (B,) booleans.
+    Each sample's maps (B, h, w) are min-max normalised, averaged over the taps (`saliency.mean_map`), and enlarged to
+    the image; masks (B, H, W) are true on the object. Returns (B,) booleans.
     """
-    mean = torch.stack([saliency.normalize_map(m, "minmax")[0] for m in maps]).mean(0)
-    side, size = saliency.grid_side(mean.shape[1]), masks.shape[-1]
-    enlarged = F.interpolate(mean.reshape(-1, 1, side, side), size=size, mode="bilinear", align_corners=False)
+    enlarged = saliency.resize_map(saliency.mean_map(maps), masks.shape[1:])
     peak = enlarged.flatten(1).argmax(dim=1, keepdim=True)
     return masks.flatten(1).gather(1, peak).squeeze(1)

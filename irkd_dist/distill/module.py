@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from irkd_dist.distill import losses, models, saliency
+from irkd_dist.distill import losses, methods, models, saliency, taps
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class Objective:
     form: Literal["sum", "convex"] = "sum"
     kd_kind: Literal["soft", "hard"] = "soft"
     temperature: float = 4.0
-    method: models.Method = "gradient"
+    method: str = "gradient"
     normalization: Literal["minmax", "l2"] = "minmax"
     taps: tuple[str, ...] = ()  # module paths in the student, void ones left out
 
 
 @dataclass
 class Targets:
-    """What the teacher says about a batch; all detached."""
+    """What the teacher says about a batch: detached, and of each sample alone, whatever batch it came in."""
 
-    logits: Tensor | None = None  # (B, K)
-    maps: list[Tensor] | None = None  # one (A, N') a tap, for the first A samples of the batch
+    logits: Tensor | None = None  # (B, K) in fp32
+    maps: list[Tensor] | None = None  # one (A, h', w') a tap in fp32, for the first A samples of the batch
 
 
 class Distiller(nn.Module):
@@ -59,6 +59,9 @@ class Distiller(nn.Module):
         self.objective = objective
         self.autocast = autocast
         self.inner_grad_context = inner_grad_context
+        methods.load(objective.method)
+        taps.put_taps(student, objective.taps)
+        self.compute: Callable[..., dict[str, Tensor]] = self.terms  # or that, compiled (`compiling`)
 
     def forward(
         self,
@@ -69,6 +72,19 @@ class Distiller(nn.Module):
         alpha: float = 0.0,
         gamma: float = 0.0,
         saliency_scale: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """The named loss terms of a batch share: see `terms`."""
+        return self.compute(images, target, weight, targets, alpha, gamma, saliency_scale)
+
+    def terms(
+        self,
+        images: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        targets: Targets,
+        alpha: float,
+        gamma: float,
+        saliency_scale: float,
     ) -> dict[str, Tensor]:
         """Compute the named loss terms of a batch share.
 
@@ -105,7 +121,7 @@ class Distiller(nn.Module):
         if maps:
             assert targets.maps is not None
             theirs = [
-                saliency.resize_map(m, ours.shape[1]) for m, ours in zip(targets.maps, maps, strict=True)
+                saliency.resize_map(m, ours.shape[1:]) for m, ours in zip(targets.maps, maps, strict=True)
             ]
             per_sample, flat = saliency.saliency_loss(maps, theirs, self.objective.normalization)
             term = saliency_scale * (weight[: len(per_sample)] * per_sample).sum()
@@ -122,7 +138,7 @@ class Distiller(nn.Module):
         aligned = len(teacher_maps[0]) if teacher_maps else 0
         if not aligned:
             return self.student(images), []
-        output, maps = models.forward_with_maps(
+        output, maps = taps.forward_with_maps(
             self.student,
             images[:aligned],
             list(self.objective.taps),

@@ -1,13 +1,13 @@
-"""Saliency maps: the four methods, their normalisation, and the one place that differentiates.
+"""Saliency maps as tensors: the score that is differentiated, grids, normalisation, and the loss between maps.
 
-A map M_l (B, N) is computed from a tap's features A_l, patch tokens only, and the gradient G_l = ds/dA_l of the score
-s = sum over the batch of z_y. Everything but `feature_gradients` is a pure function of tensors, alike for student
+A map M_l (B, h, w) is computed from a tap's features A_l, patch tokens only, and the gradient G_l = ds/dA_l of the
+score s = sum over the batch of z_y (`taps.forward_with_maps`, by one of `methods`). Pure functions, alike for student
 and teacher; maps, normalisation and softmax are in fp32 (fp64 for a model in fp64) whatever autocast computes in.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import math
 
 import torch
 from torch import Tensor
@@ -30,29 +30,6 @@ def class_score(logits: Tensor, target: Tensor) -> Tensor:
     return (logits * target).sum()
 
 
-def feature_gradients(
-    score: Tensor,
-    features: list[Tensor],
-    *,
-    create_graph: bool,
-    context: AbstractContextManager[object] | None = None,
-) -> list[Tensor]:
-    """Differentiate the score with respect to each tap's features: the only inner gradient of the project.
-
-    `create_graph` keeps the graph for the second derivative (the student in training). `context` is what an engine
-    needs around the inner gradient, such as keeping sharded parameters gathered.
-    A feature that the score does not depend on (a void tap) gives zeros.
-    """
-    with context or nullcontext():
-        gradients = torch.autograd.grad(
-            score, features, create_graph=create_graph, retain_graph=create_graph, allow_unused=True
-        )
-    return [
-        torch.zeros_like(feature) if gradient is None else gradient
-        for feature, gradient in zip(features, gradients, strict=True)
-    ]
-
-
 def linear_head_gradient(weight: Tensor, target: Tensor, tokens: int) -> Tensor:
     """Gradient of the score at the final norm of a mean-pooled model with a linear head: G = w_y / N.
 
@@ -63,70 +40,39 @@ def linear_head_gradient(weight: Tensor, target: Tensor, tokens: int) -> Tensor:
     return row[:, None, :] / tokens
 
 
-def patch_tokens(features: Tensor, prefix_tokens: int) -> Tensor:
-    """Drop the prefix tokens of (B, T, D), or flatten a convolutional map (B, D, h, w): both give (B, N, D)."""
+def patch_tokens(features: Tensor, prefix_tokens: int, channels_last: bool = False) -> Tensor:
+    """Drop the prefix tokens of (B, T, D), or flatten a grid (B, D, h, w) or (B, h, w, D): all give (B, N, D)."""
     if features.ndim == 4:
-        return features.flatten(2).transpose(1, 2)
+        return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
     return features[:, prefix_tokens:]
 
 
-def gradient_map(features: Tensor, gradient: Tensor) -> Tensor:
-    """max over D of |G| (Simonyan et al. 2014; the paper's text). (B, N, D) twice -> (B, N)."""
-    return at_least_fp32(gradient).abs().amax(dim=2).expand(features.shape[:2])
-
-
-def grad_cam_map(features: Tensor, gradient: Tensor) -> Tensor:
-    """ReLU of sum over D of mean_n(G) * A (Selvaraju et al. 2017; Del Amor et al. 2024). (B, N, D) -> (B, N)."""
-    weights = at_least_fp32(gradient).mean(dim=1, keepdim=True)
-    return (weights * at_least_fp32(features)).sum(dim=2).relu()
-
-
-def hirescam_map(features: Tensor, gradient: Tensor) -> Tensor:
-    """ReLU of sum over D of G * A (Draelos and Carin 2020). (B, N, D) twice -> (B, N)."""
-    return (at_least_fp32(gradient) * at_least_fp32(features)).sum(dim=2).relu()
-
-
-def attention_map(query: Tensor, keys: Tensor, scale: float, prefix_tokens: int) -> Tensor:
-    """Class token's attention row after the softmax over all tokens: patch columns, mean over heads.
-
-    query (B, H, d) of the class token, keys (B, H, T, d). Returns (B, N). First-order: no inner gradient.
-    """
-    with torch.autocast(keys.device.type, enabled=False):  # it would take the product back to bf16
-        logits = (at_least_fp32(keys) @ at_least_fp32(query)[..., None]).squeeze(-1) * scale
-    return logits.softmax(dim=-1)[:, :, prefix_tokens:].mean(dim=1)
-
-
-GRADIENT_MAPS = {"gradient": gradient_map, "grad_cam": grad_cam_map, "hirescam": hirescam_map}
-
-
-def resize_map(maps: Tensor, tokens: int) -> Tensor:
-    """Resize square maps (B, N') bilinearly to (B, tokens): a teacher's grid to the student's."""
-    if maps.shape[1] == tokens:
+def resize_map(maps: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Resize maps (B, h', w') bilinearly to (B, *grid): a teacher's grid to the student's."""
+    if maps.shape[1:] == grid:
         return maps
-    side, new_side = grid_side(maps.shape[1]), grid_side(tokens)
-    grid = maps.reshape(-1, 1, side, side)
-    return F.interpolate(grid, size=new_side, mode="bilinear", align_corners=False).flatten(1)
+    return F.interpolate(maps[:, None], size=list(grid), mode="bilinear", align_corners=False)[:, 0]
 
 
-def grid_side(tokens: int) -> int:
-    """Side of the square grid of patch tokens; ValueError if they form none."""
-    side = round(tokens**0.5)
-    if side * side != tokens:
-        raise ValueError(f"{tokens} patch tokens form no square grid")
-    return side
+def mean_map(maps: list[Tensor]) -> Tensor:
+    """Maps (B, h, w) of several taps as one: each min-max normalised, on the largest of their grids, averaged."""
+    grid = max((m.shape[1:] for m in maps), key=math.prod)
+    return torch.stack([resize_map(normalize_map(m, "minmax")[0], grid) for m in maps]).mean(0)
 
 
 def normalize_map(maps: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Normalise each sample's map: `minmax` (M - min) / (max - min + 1e-8), or `l2` M / (||M|| + 1e-8).
 
-    maps (B, N) in fp32. Returns the maps and a mask (B,) of the samples whose map has a shape: one whose range is
-    under 1e-6 of its largest value is flat, gets zeros and no gradient.
+    maps (B, h, w) in fp32. Returns the maps and a mask (B,) of the samples whose map has a shape: one whose range is
+    under 1e-6 of its largest value is flat, gets zeros and no gradient. A map with NaN stays NaN: it is no flat one.
     """
-    low, high = maps.amin(dim=1, keepdim=True), maps.amax(dim=1, keepdim=True)
+    flattened = maps.flatten(1)
+    low, high = flattened.amin(dim=1, keepdim=True), flattened.amax(dim=1, keepdim=True)
     span = high - low
-    shaped = (span > FLAT * maps.abs().amax(dim=1, keepdim=True)).detach()
+    # asked this way round, so that NaN has a shape
+    shaped = ~(span <= FLAT * flattened.abs().amax(dim=1, keepdim=True)).detach()
     # Both branches of `where` are differentiated, so the flat samples need a harmless input, not only output.
-    safe = torch.where(shaped, maps, torch.zeros_like(maps))
+    safe = torch.where(shaped, flattened, torch.zeros_like(flattened))
     if kind == "minmax":
         result = (safe - torch.where(shaped, low, 0.0)) / (torch.where(shaped, span, 1.0) + EPSILON)
     elif kind == "l2":
@@ -135,15 +81,15 @@ def normalize_map(maps: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         result = safe / (square.sqrt() + EPSILON)
     else:
         raise ValueError(f"normalization {kind!r} is neither minmax nor l2")
-    return result, shaped.squeeze(1)
+    return result.view(maps.shape), shaped.squeeze(1)
 
 
 def saliency_loss(student: list[Tensor], teacher: list[Tensor], kind: str) -> tuple[Tensor, Tensor]:
     """Squared error between normalised maps, averaged over the taps, one value a sample.
 
-    Lists of maps, one (B, N) a tap, the teacher's detached and on the student's grid. Under `minmax` the squared error
-    is averaged over N, under `l2` summed (averaging would shrink it sevenfold from 12 to 32 px). A flat map on either
-    side gives zero; the divisor stays the number of taps.
+    Lists of maps, one (B, h, w) a tap, the teacher's detached and on the student's grid. Under `minmax` the squared
+    error is averaged over the grid, under `l2` summed (averaging would shrink it sevenfold from 12 to 32 px). A flat
+    map on either side gives zero; the divisor stays the number of taps. NaN on either side gives NaN.
 
     Returns:
         Loss (B,) and the number of flat maps, a scalar tensor.
@@ -153,7 +99,7 @@ def saliency_loss(student: list[Tensor], teacher: list[Tensor], kind: str) -> tu
     for ours, theirs in zip(student, teacher, strict=True):
         ours, shaped = normalize_map(at_least_fp32(ours), kind)
         theirs, teacher_shaped = normalize_map(at_least_fp32(theirs.detach()), kind)
-        error = (ours - theirs).square()
+        error = (ours - theirs).square().flatten(1)
         error = error.mean(dim=1) if kind == "minmax" else error.sum(dim=1)
         both = shaped & teacher_shaped
         total = total + torch.where(both, error, torch.zeros_like(error))

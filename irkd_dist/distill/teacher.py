@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from irkd_dist.distill import losses, models
+from irkd_dist.distill import losses, methods, models, taps
 from irkd_dist.distill.module import Targets
 
 
@@ -26,21 +27,33 @@ class Teacher:
 
     model: nn.Module
     paths: list[str]
-    method: models.Method
+    method: str
     autocast: torch.dtype | None = None
     renormalize: tuple[Tensor, Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        methods.load(self.method)
+        taps.put_taps(self.model, self.paths)
+        self.compute: Callable[..., Targets] = self.answer  # or that, compiled (`compiling`)
+
     def __call__(self, images: Tensor, target: Tensor, aligned: int = 0, logits: bool = True) -> Targets:
-        """Compute targets for images (B, 3, r, r): logits of all, maps of the first `aligned` samples."""
+        """Compute targets for images (B, 3, r, r): logits of all, maps of the first `aligned` samples.
+
+        Each sample's are detached, and the same whatever other samples are in the batch but for rounding.
+        """
         if not logits and not aligned:
             return Targets()
         if self.renormalize is not None:
             scale, shift = self.renormalize
             images = images * scale + shift
+        return self.compute(images, target, aligned, logits)
+
+    def answer(self, images: Tensor, target: Tensor, aligned: int, logits: bool) -> Targets:
+        """Targets of images as the teacher sees them."""
         outputs, maps = [], None
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
             if aligned:
-                output, maps = models.forward_with_maps(
+                output, maps = taps.forward_with_maps(
                     self.model, images[:aligned], self.paths, self.method, target[:aligned], frozen=True
                 )
                 outputs.append(models.inference_logits(output))

@@ -88,7 +88,7 @@ def read(folder: Path) -> Run:
     evaluations = []
     for file in runfolder.evaluation_files(folder):
         try:
-            evaluations.append(_read_evaluation(file))
+            evaluations.append(read_evaluation(file))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             notices.append(f"{file.name} is not what irkd evaluate writes and was left out: {error}")
     classes = tuple(state.get("classes", ())) or _classes_of_shards(config)
@@ -186,7 +186,8 @@ def _classes_of_shards(config: Config) -> tuple[str, ...]:
         return ()
 
 
-def _read_evaluation(file: Path) -> Evaluation:
+def read_evaluation(file: Path) -> Evaluation:
+    """A result of `irkd evaluate`; ValueError, TypeError or AttributeError if it is none."""
     values = runfolder.parse(runfolder.read_bytes(file))
     parts = [values.get(key) or {} for key in ("accuracy", "agreement", "pointing")]
     accuracy, agreement, pointing = ({int(k): v for k, v in part.items()} for part in parts)

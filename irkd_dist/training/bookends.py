@@ -69,7 +69,7 @@ def summarize(parts: Parts, folder: Path, tracker: Tracker, position: Position) 
         summary["val_accuracy"] = position.curriculum.best_accuracy
         summary["seconds"] = round(_training_seconds(events), 1)
         tracker.event("summary", position.step, **summary)
-        tracker.metrics(position.step, {k: v for k, v in summary.items() if isinstance(v, float)})
+        tracker.metrics(position.step, _named(summary))
     rows = []
     for i, stage in enumerate(plan.stages):
         of_stage = [e for e in events if e["event"] == "evaluation" and e["stage"] == i]
@@ -94,6 +94,16 @@ def summarize(parts: Parts, folder: Path, tracker: Tracker, position: Position) 
             f"{summary['test_accuracy_last']:.2%} (last)"
         )
     return summary
+
+
+def _named(summary: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a summary by the names of metrics."""
+    names = {
+        "test_accuracy": "test/accuracy", "test_accuracy_last": "test/accuracy_last",
+        "val_accuracy": "val/best_accuracy", "seconds": "system/seconds",
+    }  # fmt: skip
+    found = {name: float(summary[key]) for key, name in names.items() if key in summary}
+    return found | {"val_accuracy": float(summary["val_accuracy"])}  # what sweeps of earlier releases look at
 
 
 def _training_seconds(events: list[dict[str, Any]]) -> float:

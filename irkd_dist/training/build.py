@@ -19,7 +19,7 @@ from irkd_dist.data.decoded import Dataset, Work
 from irkd_dist.data.loader import EVALUATION_BATCH, Loader
 from irkd_dist.data.sampler import Share
 from irkd_dist.data.views import View
-from irkd_dist.distill import models
+from irkd_dist.distill import methods, models
 from irkd_dist.distill.measure import TappedModel
 from irkd_dist.distill.module import Distiller, Objective
 from irkd_dist.distill.teacher import Teacher, freeze
@@ -80,13 +80,14 @@ def build(config: Config, engine: Engine) -> Parts:
         teacher = _teacher(config, engine, network, manifest, [t.path for _, t in pairs])
         folders = _teacher_folders(config, stages, network.folder, notes)
     method = config.loss.saliency.method
-    second_order = config.loss.saliency.gamma > 0 and method != "attention"
+    second_order = config.loss.saliency.gamma > 0 and methods.inner_gradient(method)
     if second_order or engine.device.type == "cpu":
         # fused kernels have no second derivative, and on a CPU their backward is slower than explicit products
         models.without_fused_attention(student)
     preflight.check_forward(config, manifest, stages, student, taps, teacher)
 
     distiller = Distiller(student, _objective(config, taps), engine.autocast)
+    _compile(config, engine, distiller, teacher, notes)
     groups = optim.parameter_groups(student, config.optim.weight_decay)
     # fused: one pass over each tensor, the same arithmetic on every device, and it can leave an update out there
     optimizer = torch.optim.AdamW(
@@ -187,6 +188,25 @@ def config_digest(config: Config) -> str:
     return digest(configuration.semantic_keys(configuration.to_dict(config)))
 
 
+def _compile(
+    config: Config, engine: Engine, distiller: Distiller, teacher: Teacher | None, notes: list[str]
+) -> None:
+    if config.compile == "off":
+        return
+    from irkd_dist.distill import compiling
+
+    why = compiling.why_not(engine.device, engine.name)
+    if why is not None and config.compile == "on":
+        raise UserError(f"compile=on, but {why}; use compile=auto or off")
+    if why is not None:
+        notes.append(f"compile=auto: nothing is compiled, {why}")
+        return
+    compiling.compiled(distiller)
+    if teacher is not None and not restore.teacher_sharded(config, engine):
+        compiling.compiled_teacher(teacher)
+    notes.append("torch.compile: the first step of each stage takes a minute or more")
+
+
 def _objective(config: Config, taps: list[str]) -> Objective:
     kd, saliency = config.loss.kd, config.loss.saliency
     kinds = (config.loss.form, kd.kind, kd.temperature, saliency.method, saliency.normalization)
@@ -215,7 +235,7 @@ def _teacher(
         )
         mean, std = (torch.tensor(v, device=engine.device).view(3, 1, 1) for v in (network.mean, network.std))
         renormalize = (ours_std / std, (ours_mean - mean) / std)
-    inner_gradient = saliency.gamma > 0 and saliency.method != "attention"
+    inner_gradient = saliency.gamma > 0 and methods.inner_gradient(saliency.method)
     if restore.teacher_sharded(config, engine):  # shards are of one type, and reach the device one by one
         model = freeze(network.model, None, inner_gradient, engine.device)
     else:

@@ -41,6 +41,7 @@ COLLECTIVE_TIMEOUT = timedelta(
 class Engine:
     """One process, or DDP: every process holds the whole student and its moments."""
 
+    name = "ddp"
     replicated = True  # every process holds the student's full weights
     no_inner_gradient = False  # whether it cannot compute saliency gradients
     settles = (
@@ -184,6 +185,7 @@ class Exact(Engine):
 class Fsdp2(Engine):
     """FSDP2: every block's parameters, gradients and moments are sharded over the processes."""
 
+    name = "fsdp2"
     replicated = False
     settles = False
 
@@ -253,6 +255,7 @@ class Zero(Engine):
         super().__init__(accelerator, autocast)
         self._settings = settings
         self._stage: int = settings["zero_optimization"]["stage"]
+        self.name = f"zero{self._stage}"
         self.replicated = self._stage < 3
         self.no_inner_gradient = self._stage == 3
 

@@ -69,7 +69,10 @@ class Run:
         if images:
             timing = {"seconds": round(seconds, 4), **rates}
             self.tracker.event("train", step, stage=state.stage, **means, **timing)
-            self.tracker.metrics(step, {f"train/{k}": v for k, v in (means | rates).items()})
+            system = {f"system/{k}": rates[k] for k in ("images_per_s", "data_wait")}
+            self.tracker.metrics(
+                step, {f"train/{k}": v for k, v in means.items()} | system | {"train/lr": lr}
+            )
         update(self.position.stage_step, metrics.bar_text(means, rates["images_per_s"], state.best_accuracy))
 
 

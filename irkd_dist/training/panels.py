@@ -13,7 +13,7 @@ from torch import Tensor
 
 from irkd_dist import runfolder
 from irkd_dist.data.loader import Loader
-from irkd_dist.distill import saliency
+from irkd_dist.distill import methods, saliency
 from irkd_dist.training import build
 from irkd_dist.training.build import Parts
 
@@ -33,7 +33,7 @@ def save(
     """
     config, engine, manifest = parts.config, parts.engine, parts.manifest
     count, method = config.track.panels, config.loss.saliency.method
-    if not count or not parts.taps or (engine.no_inner_gradient and method != "attention"):
+    if not count or not parts.taps or (engine.no_inner_gradient and methods.inner_gradient(method)):
         return None
     rows = choose(loader.labels, count)
     images, labels = loader.pick(rows)
@@ -111,10 +111,5 @@ def _check(arrays: dict[str, np.ndarray]) -> None:
 
 
 def average(maps: list[Tensor]) -> np.ndarray:
-    """Average normalised maps (P, N) over the taps, as square grids (P, h, w) of fp32; a coarser tap is enlarged."""
-    finest = max(m.shape[1] for m in maps)
-    mean = torch.stack(
-        [saliency.resize_map(saliency.normalize_map(m, "minmax")[0], finest) for m in maps]
-    ).mean(0)
-    side = saliency.grid_side(finest)
-    return mean.reshape(-1, side, side).cpu().numpy()
+    """Maps (P, h, w) of the taps as one: normalised, on the largest of their grids, averaged, in fp32."""
+    return saliency.mean_map(maps).cpu().numpy()

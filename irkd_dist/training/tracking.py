@@ -16,20 +16,25 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from irkd_dist import __version__, runfolder
+from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
 
 if TYPE_CHECKING:
     from irkd_dist.checkpoint import Writer
+
+QUIET_S = 30.0  # off a terminal, between two lines on how far a measurement is
+T = TypeVar("T")
 
 
 class Tracker:
@@ -54,6 +59,7 @@ class Tracker:
     ) -> None:
         self.main = main
         self.console = console(quiet=not main)
+        self._progress: Progress | None = None
         self._backend: Any = None
         self._kind = backend if main else "none"
         if not main:
@@ -64,7 +70,7 @@ class Tracker:
         if backend == "wandb":
             self._backend = _Wandb(run, mode, project, name, config, self.say)
         elif backend == "tensorboard":
-            self._backend = _tensorboard(run)
+            self._backend = _tensorboard(run, config)
 
     def event(self, kind: str, step: int, **values: Any) -> None:
         """Append one line to events.jsonl, flushed."""
@@ -95,12 +101,21 @@ class Tracker:
             self._pending.popleft()
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Send numbers to the backend."""
+        """Send numbers to the backend; their names begin with train/, val/, test/ or system/."""
         if self._kind == "wandb":
             self._backend.log(values, step)
         elif self._kind == "tensorboard":
             for key, value in values.items():
                 self._backend.add_scalar(key, value, step)
+
+    def image(self, step: int, name: str, pixels: np.ndarray | None) -> None:
+        """Send a picture (H, W, 3) uint8 to the backend, if there is one."""
+        if pixels is None:
+            return
+        if self._kind == "wandb":
+            self._backend.image(name, pixels, step)
+        elif self._kind == "tensorboard":
+            self._backend.add_image(name, pixels, step, dataformats="HWC")
 
     def written(self, writer: Writer) -> None:
         """Record the checkpoints that were written, or not, since the last call."""
@@ -118,7 +133,41 @@ class Tracker:
 
     @contextmanager
     def stage_bar(self, title: str, total: int, done: int) -> Iterator[Any]:
-        """Progress of one stage: yields `update(done, text)`. Off a terminal it draws nothing."""
+        """Progress of one stage: yields `update(done, text)`. Off a terminal each update is a line."""
+        started, first = time.perf_counter(), done
+        with self._bar() as progress:
+            task = progress.add_task(title, total=total, completed=done, text="")
+
+            def update(done: int, text: str) -> None:
+                progress.update(task, completed=done, text=text)
+                if not self.console.is_terminal:
+                    rate = (time.perf_counter() - started) / max(done - first, 1)
+                    left = f"  {runfolder.span(rate * (total - done))} left" if done < total else ""
+                    self.say(f"{title}  step {done} of {total}  {text}{left}")
+
+            yield update
+
+    def counted(self, batches: Iterable[T], what: str, total: int) -> Iterator[T]:
+        """The batches as they are, with a bar while they are taken; off a terminal a line every 30 s."""
+        said = time.perf_counter()
+        with self._bar() as progress:
+            task = progress.add_task(what, total=total, text="")
+            try:
+                for done, batch in enumerate(batches):
+                    progress.update(task, completed=done)
+                    if not self.console.is_terminal and time.perf_counter() - said > QUIET_S:
+                        said = time.perf_counter()
+                        self.say(f"{what}: {done} of {total} batches")
+                    yield batch
+            finally:
+                progress.remove_task(task)
+
+    @contextmanager
+    def _bar(self) -> Iterator[Progress]:
+        """The bars of this moment: a terminal shows one group of them at a time."""
+        if self._progress is not None:
+            yield self._progress
+            return
         columns = (
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
@@ -127,9 +176,11 @@ class Tracker:
             TimeRemainingColumn(),
         )
         hidden = not self.main or not self.console.is_terminal
-        with Progress(*columns, console=self.console, disable=hidden, transient=True) as progress:
-            task = progress.add_task(title, total=total, completed=done, text="")
-            yield lambda done, text: progress.update(task, completed=done, text=text)
+        with Progress(*columns, console=self.console, disable=hidden, transient=True) as self._progress:
+            try:
+                yield self._progress
+            finally:
+                self._progress = None
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -331,6 +382,11 @@ class _Wandb:
     def log(self, values: dict[str, float], step: int) -> None:
         self._call(lambda: self.run.log(values, step=step))
 
+    def image(self, name: str, pixels: np.ndarray, step: int) -> None:
+        import wandb
+
+        self._call(lambda: self.run.log({name: wandb.Image(pixels)}, step=step))
+
     def stop(self) -> None:
         """The run stops before its end; unless the server wanted that, a sweep shall give it out again."""
         self.stopped = True
@@ -393,9 +449,20 @@ class _Wandb:
             )
 
 
-def _tensorboard(run: Path) -> Any:
+def _tensorboard(run: Path, config: dict[str, Any]) -> Any:
+    """A writer that has the configuration in it: as text, and what changes the numbers as hyperparameters."""
     try:
         from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
     except ImportError:
         raise UserError("track.backend=tensorboard needs tensorboard: pip install 'irkd_dist[all]'") from None
-    return SummaryWriter(str(run / runfolder.TENSORBOARD))
+    writer = SummaryWriter(str(run / runfolder.TENSORBOARD))
+    text = json.dumps(config, indent=1)
+    writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), 0)
+    plain = {
+        key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+        for key, value in configuration.semantic_keys(config).items()
+    }
+    for summary in hparams(plain, {}):
+        writer._get_file_writer().add_summary(summary)
+    return writer

@@ -145,7 +145,8 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
         + f"  val {accuracy:.2%}{' *' if decision.best else ''}"
     )
     if before.epoch == 0 or decision.action != "continue":
-        panels.save(parts, run.folder, validation, before.stage, before.epoch + 1, resolution)
+        shown = panels.save(parts, run.folder, validation, before.stage, before.epoch + 1, resolution)
+        tracker.image(at, "val/saliency", shown)
 
     run.position = run.position.next_epoch(state, decision.action == "finish")
     best = (best_name, state) if decision.best else None
@@ -192,7 +193,9 @@ def _enter(run: Run, loader: Loader, skill: float) -> _Stage:
         alpha=loss.kd.alpha * (skill if loss.kd.follow_teacher else 1.0),
         gamma=loss.saliency.gamma * (skill if loss.saliency.follow_teacher else 1.0),
         steps=planned.epochs * loader.steps_per_epoch,
-        run_steps=sum(s.epochs * sampler.steps_per_epoch(len(loader), s.batch) for s in parts.plan.stages),
+        run_steps=sum(
+            s.epochs * sampler.steps_per_epoch(len(loader), s.batch, loader.least) for s in parts.plan.stages
+        ),
     )
     restore.load_stage_teacher(parts, number)
     if position.stage_step == 0 and parts.plan.policy == "reset":

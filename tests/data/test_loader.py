@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from irkd_dist.data.decoded import balanced_subset
-from irkd_dist.data.loader import Batch
+from irkd_dist.data.loader import Batch, _ahead
 from irkd_dist.errors import UserError
 from tests.data.conftest import (
     CROP_FLIP,
@@ -190,6 +190,23 @@ def test_waiting_is_counted(resized):
         waited, loader.wait_s = loader.wait_s, 0.0
         assert waited > 0
         batches.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("workers", "ahead"), [(1, 4), (2, 4), (6, 12)])
+def test_batches_made_ahead_grow_with_the_workers(workers, ahead):
+    made, enough = [], threading.Event()
+
+    def make(step: int) -> int:
+        made.append(step)
+        if len(made) == ahead + 1:
+            enough.set()
+        return step
+
+    batches = _ahead(make, range(40), workers, torch.device("cpu"))
+    assert next(batches) == 0  # one is taken, so that one more is begun
+    assert enough.wait(20)
+    assert sorted(made) == list(range(ahead + 1))
+    assert list(batches) == list(range(1, 40))
 
 
 # ---- bad input

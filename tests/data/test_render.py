@@ -84,7 +84,7 @@ def test_real_cifar10_pixels_split_mean_and_std(cifar_parquet: Path, tmp_path: P
     np.testing.assert_allclose(manifest.mean, pixels.mean((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(manifest.std, pixels.std((0, 1, 2)), rtol=1e-10)
     assert manifest.classes[5] == "dog"
-    width, height = Image.open(out / render.PREVIEW).size
+    width, height = Image.open(out / render.preview.PREVIEW).size
     assert width > 800
     assert height > 200
 
@@ -291,7 +291,7 @@ def test_crop_keeps_the_full_size_only(tmp_path: Path) -> None:
 def test_enlarging_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert _render(tmp_path / "out", *SYNTHETIC, "--resolutions", "20") == 0
     captured = capsys.readouterr()
-    assert (captured.out + captured.err).count("smaller than 20 px and were enlarged") == 1
+    assert captured.out.count("150 images are smaller than the largest resolution, and enlarged") == 1
 
 
 def _two_classes(root: Path) -> Path:
@@ -324,6 +324,125 @@ def test_unreadable_images_are_named_counted_and_limited(
     assert keys == [f"{i:09d}" for i in range(20) if i not in (3, 17)]
 
 
+def test_what_was_changed_is_counted_and_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root = _two_classes(tmp_path / "images")
+    Image.new("RGB", (8, 6), "red").save(root / "ant" / "wide.png")
+    Image.new("L", (8, 8)).save(root / "ant" / "grey.png")
+    (root / "bee" / "notes.txt").write_text("x")
+    command = ["folder", "--path", root, "--resolutions", "8", "--val-fraction", 0, "--samples-per-shard", 5]
+    assert _render(tmp_path / "out", *command) == 0
+    said = capsys.readouterr().out
+    for text in (
+        "left out: 1 .txt",
+        "1 image is not square: their centre is cut out (--fit crop)",
+        "1 image is grey",
+    ):
+        assert said.count(text) == 1
+    render_facts = shards.load_manifest(tmp_path / "out").render
+    assert render_facts["images"] == {"not_square": 1, "enlarged": 1, "grey": 1}
+    assert render_facts["notes"] == ["left out: 1 .txt"]
+    assert _render(tmp_path / "pad", *command, "--fit", "pad") == 0
+    assert "they are put on black (--fit pad)" in capsys.readouterr().out
+    image = next(
+        s["png"] for s in _stock(tmp_path / "pad", 8, "train") if s["png"][4, 4].tolist() == [255, 0, 0]
+    )
+    assert image[0].max() == image[7].max() == 0
+    assert _render(tmp_path / "out", *command, "--fit", "squash") == 2  # another render than is there
+    assert "holds shards of another source or other options" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_names_that_no_font_and_no_formula_has(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root = _two_classes(tmp_path / "images")
+    (root / "ant").rename(root / "$x^{$")
+    (root / "bee").rename(root / os.fsdecode(b"\xe9[red]"))
+    (root / "日本語").mkdir()
+    bad = root / "日本語" / os.fsdecode(b"\xe9[bold].png")
+    shutil.copy(root / "$x^{$" / "0.png", root / "日本語")
+    bad.write_bytes(b"")
+    assert _render(tmp_path / "out", "folder", "--path", root, "--resolutions", 8, "--max-bad", 1) == 0
+    said = capsys.readouterr().out
+    assert "unreadable, left out" in said
+    assert "\\udce9[bold].png (not an image" in said
+    assert shards.load_manifest(tmp_path / "out").classes == ("$x^{$", "日本語", "é[red]")
+    assert (tmp_path / "out" / render.preview.PREVIEW).stat().st_size > 5000
+
+
+def test_shards_of_a_render_before_indices_go_on(reference: Path, tmp_path: Path, capsys) -> None:
+    """A folder as an older irkd left it: opened as it is, and given indices by the same command."""
+    out = Path(shutil.copytree(reference, tmp_path / "copy"))
+    for file in out.glob(".parts/*.json"):
+        record = json.loads(file.read_text())
+        record |= {"upscaled": False}
+        del record["facts"]
+        for shard in record["shards"].values():
+            del shard["index"]
+        file.write_text(json.dumps(record))
+    for file in out.rglob("*.index.json"):
+        file.unlink()
+    before = {f: f.stat().st_mtime_ns for f in out.rglob("*.tar")}
+    assert _render(out, *SYNTHETIC, "--resolutions", "8,16") == 0
+    assert {f: f.stat().st_mtime_ns for f in out.rglob("*.tar")} == before
+    assert "16 shards are of an older irkd, which did not count" in capsys.readouterr().out
+    assert {n: b for n, b in _bytes(out).items() if n != shards.MANIFEST} == {
+        n: b for n, b in _bytes(reference).items() if n != shards.MANIFEST
+    }
+
+
+def test_ctrl_c_with_workers_is_one_line(tmp_path: Path) -> None:
+    """While the workers still import, and in the middle of their work; to all processes, as a terminal does."""
+    arguments = ["synthetic", "--samples", "train=6000", "--size", "24", "--samples-per-shard", "200"]
+    arguments += ["--resolutions", "24", "--workers", "2"]
+    for number, begun in enumerate(
+        (lambda out: (out / ".parts" / "plan").exists(), lambda out: any(out.glob("r24/*.tar")))
+    ):
+        out = tmp_path / str(number)
+        with _process(out, *arguments) as process:
+            _wait(lambda begun=begun, out=out: begun(out), 120)
+            time.sleep(0.2)
+            os.killpg(process.pid, signal.SIGINT)
+            told, _ = process.communicate(timeout=60)
+            assert process.returncode == 130
+            lines = [line for line in told.decode().splitlines() if "of 30 shards" not in line]
+            assert lines == ["irkd: interrupted; the same command goes on from here"]
+            _wait(lambda pid=process.pid: not _group(pid), 20)
+        assert not list(out.rglob("*.tmp"))
+
+
+def test_a_source_has_its_own_options_only(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for source, there, elsewhere in (
+        ("parquet", {"--image-column", "--path"}, {"--download", "--samples", "--size"}),
+        ("cifar10", {"--download", "--path"}, {"--image-column", "--samples", "--size"}),
+        ("synthetic", {"--samples", "--size"}, {"--image-column", "--download", "--path"}),
+        ("folder", {"--path", "--fit", "--classes"}, {"--download", "--samples", "--label-column"}),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["render", source, "--help"])
+        assert ended.value.code == 0
+        said = capsys.readouterr().out.split()
+        shown = {word.strip("[]") for word in said}
+        assert shown >= there
+        assert not shown & elsewhere
+    root = _two_classes(tmp_path / "images")
+    for options in (["--size", "8"], ["--download"], ["--image-column", "x"], ["--samples", "train=4"]):
+        message = _fails(
+            tmp_path / "out", "folder", "--path", root, "--resolutions", 8, *options, capsys=capsys
+        )
+        assert f"{options[0]} is for source " in message
+        assert "not folder" in message
+
+
+def test_classes_in_an_order_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root = _two_classes(tmp_path / "images")
+    (tmp_path / "names.txt").write_text("bee\nant\n")
+    command = ["folder", "--path", root, "--resolutions", 8]
+    assert _render(tmp_path / "out", *command, "--classes", tmp_path / "names.txt") == 0
+    assert shards.load_manifest(tmp_path / "out").classes == ("bee", "ant")
+    assert "no 'bee', a class of images" in _fails(
+        tmp_path / "o", *command, "--classes", "ant,be", capsys=capsys
+    )
+
+
 def test_no_space_left(tmp_path: Path) -> None:
     """A limit on file size stops a write as a full disk does."""
     out = tmp_path / "out"
@@ -347,6 +466,12 @@ def test_no_space_left(tmp_path: Path) -> None:
     [
         (["--resolutions", "12,sixteen"], "--resolutions '12,sixteen' is not a list of whole numbers"),
         (["--resolutions", "0,12"], "give sizes in pixels"),
+        (["--resolutions", "999999"], "--resolutions 999999: give sizes in pixels up to 8192"),
+        (["--resolutions", "8", "--workers", "99999"], "--workers 99999 must be at most 1024"),
+        (["--resolutions", "8", "--size", "99999"], "--size 99999 is too large to be drawn"),
+        (["--resolutions", "8", "--samples", "train=999999999"], "at most 10,000,000 are drawn"),
+        (["--resolutions", "8", "--samples", "train=²"], "--samples 'train=²' is not of the form"),
+        (["--resolutions", "8", "--part", "²/³"], "--part '²/³' is not of the form"),
         (["--resolutions", "8", "--val-fraction", "1.5"], "--val-fraction 1.5"),
         (["--resolutions", "8", "--samples-per-shard", "0"], "--samples-per-shard 0 must be at least 1"),
         (["--resolutions", "8", "--workers", "0"], "--workers 0 must be at least 1"),

@@ -218,7 +218,7 @@ def loss(ours: list[Tensor], theirs: list[Tensor], kind: str) -> Tensor:
     """Saliency loss of one sample: squared error of normalised maps, over the number of taps."""
     total = ours[0].new_zeros(())
     for a, b in zip(ours, theirs, strict=True):
-        x, y = normalised(a, kind), normalised(resized(b.detach(), len(a)), kind)
+        x, y = normalised(a, kind), normalised(resized(b.detach().flatten(), len(a)), kind)
         if x is not None and y is not None:
             squares = (x - y) ** 2
             total = total + (squares.mean() if kind == "minmax" else squares.sum())

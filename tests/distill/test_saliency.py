@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from irkd_dist.distill import models, saliency
+from irkd_dist.distill import methods, saliency
+from irkd_dist.distill.taps import forward_with_maps, tapped_forward
 from tests.distill import plain_vit as plain
 
 STEP = 1e-6  # of the central differences
@@ -41,8 +42,8 @@ def product_loss(
     how: tuple,
 ) -> Tensor:
     method, kind = how
-    _, maps = models.forward_with_maps(student, images, ours, method, target, frozen=False)
-    theirs = [saliency.resize_map(t, m.shape[1]) for t, m in zip(teacher_maps, maps, strict=True)]
+    _, maps = forward_with_maps(student, images, ours, method, target, frozen=False)
+    theirs = [saliency.resize_map(t, m.shape[1:]) for t, m in zip(teacher_maps, maps, strict=True)]
     per_sample, flat = saliency.saliency_loss(maps, theirs, kind)
     assert flat <= 0.6 * len(maps) * len(images), (
         "a ReLU may leave a map empty, but there must be something to test"
@@ -85,12 +86,12 @@ def test_maps_and_weight_gradients_equal_plain_autograd(head: str, method: str, 
     ours, teacher, theirs = paired(head, method)
     for soft in (False, True):
         images, target = plain.inputs(3, resolution, seed=2, soft=soft)
-        _, maps = models.forward_with_maps(student, images, ours, method, target, frozen=False)  # type: ignore[arg-type]
-        _, teacher_maps = models.forward_with_maps(
+        _, maps = forward_with_maps(student, images, ours, method, target, frozen=False)  # type: ignore[arg-type]
+        _, teacher_maps = forward_with_maps(
             teacher, images, theirs, method, target, frozen=True  # type: ignore[arg-type]
         )  # fmt: skip
-        assert maps[0].shape == (3, (resolution // 4) ** 2)
-        assert teacher_maps[0].shape == (3, (resolution // 2) ** 2)
+        assert maps[0].shape == (3, resolution // 4, resolution // 4)
+        assert teacher_maps[0].shape == (3, resolution // 2, resolution // 2)
         for model, paths, got in ((student, ours, maps), (teacher, theirs, teacher_maps)):
             for i in range(3):
                 weights_ask = model is student
@@ -99,7 +100,9 @@ def test_maps_and_weight_gradients_equal_plain_autograd(head: str, method: str, 
                     expected = plain.maps(model, images[i], target[i], paths, method)
                     model.requires_grad_(weights_ask)
                 for path, m, e in zip(paths, got, expected, strict=True):
-                    torch.testing.assert_close(m[i], e, rtol=1e-8, atol=1e-10, msg=f"{path} of sample {i}")
+                    torch.testing.assert_close(
+                        m[i].flatten(), e, rtol=1e-8, atol=1e-10, msg=f"{path} of sample {i}"
+                    )
         for kind in ("minmax", "l2"):
             how = (method, kind)
             loss = product_loss(student, ours, teacher_maps, images, target, how)
@@ -119,10 +122,10 @@ def test_attention_follows_query_and_key_norms() -> None:
     student = plain.build("class_token", DEPTH, seed=3, qk_norm=True)
     images, target = plain.inputs(2, 12, seed=3)
     paths = plain.all_taps("class_token", "attention", DEPTH)
-    _, maps = models.forward_with_maps(student, images, paths, "attention", target, frozen=False)
+    _, maps = forward_with_maps(student, images, paths, "attention", target, frozen=False)
     for i in range(2):
         for m, e in zip(maps, plain.maps(student, images[i], target[i], paths, "attention"), strict=True):
-            torch.testing.assert_close(m[i], e, rtol=1e-9, atol=0)
+            torch.testing.assert_close(m[i].flatten(), e, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("method", ["gradient", "grad_cam", "hirescam"])
@@ -131,8 +134,8 @@ def test_map_is_the_difference_quotient_of_the_score(method: str) -> None:
     model = plain.build("mean_fc_norm", depth=2, seed=4).requires_grad_(False)
     images, target = plain.inputs(1, plain.SIZE, seed=4)
     path = "blocks.1"
-    _, maps = models.forward_with_maps(model, images, [path], method, target, frozen=True)  # type: ignore[arg-type]
-    _, (features,) = models.tapped_forward(model, images, [path])
+    _, maps = forward_with_maps(model, images, [path], method, target, frozen=True)  # type: ignore[arg-type]
+    _, (features,) = tapped_forward(model, images, [path])
 
     def score(changed: Tensor) -> Tensor:
         return model.head(model.fc_norm(changed[:, 1:].mean(1)))[0, target[0]]  # type: ignore[operator]
@@ -149,7 +152,7 @@ def test_map_is_the_difference_quotient_of_the_score(method: str) -> None:
         "grad_cam": (slope.mean(0) * features).sum(1).relu(),
         "hirescam": (slope * features).sum(1).relu(),
     }[method]
-    torch.testing.assert_close(maps[0][0], expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(maps[0][0].flatten(), expected, rtol=1e-6, atol=1e-8)
 
 
 # -- (b) finite differences ------------------------------------------------------------------------
@@ -192,10 +195,11 @@ def test_weight_gradients_equal_finite_differences(
 ) -> None:
     ours, teacher, theirs = paired(head, method)
     student, images, target = away_from_kinks(head, method, resolution, ours, soft)
-    _, teacher_maps = models.forward_with_maps(teacher, images, theirs, method, target, frozen=True)  # type: ignore[arg-type]
-    patches = (resolution // plain.PATCH) ** 2
+    _, teacher_maps = forward_with_maps(teacher, images, theirs, method, target, frozen=True)  # type: ignore[arg-type]
+    side = resolution // plain.PATCH
     teacher_maps = [
-        torch.stack([plain.resized(m, patches) for m in t]) for t in teacher_maps
+        torch.stack([plain.resized(m.flatten(), side**2) for m in t]).view(-1, side, side)
+        for t in teacher_maps
     ]  # once, it is slow
     how = (method, kind)
     exact = gradients(product_loss(student, ours, teacher_maps, images, target, how), student)
@@ -285,7 +289,7 @@ def test_map_kinks_are_finite(method: str) -> None:
     """Ties in the max over D, gradients of exactly 0, a ReLU at exactly 0."""
     features = torch.tensor([[[1.0, -1.0], [2.0, 2.0], [0.0, 0.0]]], dtype=torch.float64).requires_grad_()
     gradient = torch.tensor([[[0.5, 0.5], [-1.0, 1.0], [0.0, 0.0]]], dtype=torch.float64).requires_grad_()
-    m = saliency.GRADIENT_MAPS[method](features, gradient)
+    m = methods.load(method).saliency_map(features, gradient)
     assert m.isfinite().all()
     slopes = torch.autograd.grad(m.sum(), (features, gradient), allow_unused=True)
     assert all(s.isfinite().all() for s in slopes if s is not None)
@@ -299,9 +303,7 @@ def test_identical_channels_and_void_taps_train_without_nan(method: str) -> None
     with torch.no_grad():
         student.head.weight.zero_()  # the score depends on nothing: G = 0 everywhere
     images, target = plain.inputs(2, 12, seed=6)
-    _, maps = models.forward_with_maps(
-        student, images, ["blocks.0", "blocks.1"], method, target, frozen=False
-    )  # type: ignore[arg-type]
+    _, maps = forward_with_maps(student, images, ["blocks.0", "blocks.1"], method, target, frozen=False)  # type: ignore[arg-type]
     loss, flat = saliency.saliency_loss(maps, [torch.rand_like(m) for m in maps], "minmax")
     assert flat == 4
     assert (loss == 0).all()
@@ -322,7 +324,7 @@ def counting(calls: list[int]) -> Iterator[None]:
 def test_linear_head_gradient_equals_autograd(soft: bool) -> None:
     model = plain.build("mean", DEPTH, seed=7)
     images, target = plain.inputs(3, 12, seed=7, soft=soft)
-    output, (features,) = models.tapped_forward(model, images, ["norm"])
+    output, (features,) = tapped_forward(model, images, ["norm"])
     assert isinstance(output, Tensor)
     (gradient,) = torch.autograd.grad(saliency.class_score(output, target), features)
     closed = saliency.linear_head_gradient(model.head.weight, target, features.shape[1])
@@ -335,9 +337,7 @@ def test_closed_form_is_used_where_it_holds_and_only_there() -> None:
 
     def inner_gradients(model: nn.Module, paths: list[str]) -> int:
         calls: list[int] = []
-        models.forward_with_maps(
-            model, images, paths, "hirescam", target, frozen=False, context=counting(calls)
-        )
+        forward_with_maps(model, images, paths, "hirescam", target, frozen=False, context=counting(calls))
         return len(calls)
 
     closed = plain.build("mean", 2, seed=8)
@@ -355,31 +355,31 @@ def test_head_dropout_in_training_is_part_of_the_map() -> None:
     model = plain.build("mean", 2, seed=9, drop_rate=0.5).train()
     images, target = plain.inputs(2, plain.SIZE, seed=9)
     torch.manual_seed(10)
-    _, (m,) = models.forward_with_maps(model, images, ["norm"], "hirescam", target, frozen=False)
+    _, (m,) = forward_with_maps(model, images, ["norm"], "hirescam", target, frozen=False)
     torch.manual_seed(10)  # the head's dropout is the only draw
     kept = torch.nn.functional.dropout(torch.ones(2, 16, dtype=torch.float64), 0.5)
     for i in range(2):
         features = plain.forward(model, images[i])[1]["norm"]
         expected = (features * kept[i] * model.head.weight[target[i]] / 16).sum(1).relu()
-        torch.testing.assert_close(m[i], expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(m[i].flatten(), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_closed_form_with_a_class_token_left_out_of_the_pool() -> None:
     model = plain.build("mean_fc_norm", 2, seed=11, fc_norm=False)
     images, target = plain.inputs(2, 12, seed=11)
-    _, maps = models.forward_with_maps(model, images, ["norm", "blocks.1"], "hirescam", target, frozen=False)
+    _, maps = forward_with_maps(model, images, ["norm", "blocks.1"], "hirescam", target, frozen=False)
     for i in range(2):
         expected = plain.maps(model, images[i], target[i], ["norm", "blocks.1"], "hirescam")
         for m, e in zip(maps, expected, strict=True):
-            torch.testing.assert_close(m[i], e, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(m[i].flatten(), e, rtol=1e-9, atol=1e-12)
 
 
 def test_gradient_map_at_a_linear_head_is_constant_so_flat() -> None:
     model = plain.build("mean", 2, seed=12)
     images, target = plain.inputs(2, 12, seed=12)
-    _, (m,) = models.forward_with_maps(model, images, ["norm"], "gradient", target, frozen=False)
+    _, (m,) = forward_with_maps(model, images, ["norm"], "gradient", target, frozen=False)
     expected = model.head.weight[target].abs().amax(1) / 9
-    torch.testing.assert_close(m, expected[:, None].expand(2, 9))
+    torch.testing.assert_close(m, expected[:, None, None].expand(2, 3, 3))
     loss, flat = saliency.saliency_loss([m], [torch.rand_like(m)], "minmax")
     assert flat == 2
     assert all((g == 0).all() for g in gradients(loss.sum(), model).values())
@@ -422,16 +422,37 @@ def test_l2_does_not_shrink_with_the_grid_and_teacher_gets_no_gradient() -> None
 
 @pytest.mark.parametrize(("old", "new"), [(8, 4), (6, 3), (4, 3), (3, 8), (2, 5), (1, 3)])
 def test_resize_is_bilinear(old: int, new: int) -> None:
-    maps = torch.rand(3, old * old, dtype=torch.float64)
-    got = saliency.resize_map(maps, new * new)
+    maps = torch.rand(3, old, old, dtype=torch.float64)
+    got = saliency.resize_map(maps, (new, new))
     for m, g in zip(maps, got, strict=True):
-        torch.testing.assert_close(g, plain.resized(m, new * new))
+        torch.testing.assert_close(g.flatten(), plain.resized(m.flatten(), new * new))
 
 
-def test_resize_refuses_what_is_no_square() -> None:
-    assert saliency.resize_map(torch.ones(1, 12), 12).shape == (1, 12)
-    with pytest.raises(ValueError, match="12 patch tokens form no square grid"):
-        saliency.resize_map(torch.ones(1, 12), 9)
+def test_resize_of_a_grid_that_is_no_square() -> None:
+    """Constant along one side, and linear between the centres of its pixels along the other."""
+    column = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    got = saliency.resize_map(column[None, :, None].expand(2, 3, 4), (6, 2))
+    expected = torch.tensor([0.0, 0.25, 0.75, 1.25, 1.75, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(got, expected[None, :, None].expand(2, 6, 2))
+    same = torch.rand(1, 3, 4)
+    assert saliency.resize_map(same, (3, 4)) is same
+
+
+def test_the_mean_of_maps_is_on_the_largest_grid() -> None:
+    small, large = torch.rand(2, 1, 2), torch.rand(2, 4, 3)
+    got = saliency.mean_map([small, large])
+    resized = saliency.resize_map(saliency.normalize_map(small, "minmax")[0], (4, 3))
+    torch.testing.assert_close(got, (resized + saliency.normalize_map(large, "minmax")[0]) / 2)
+
+
+@pytest.mark.parametrize("kind", ["minmax", "l2"])
+def test_nan_is_not_flat(kind: str) -> None:
+    good, bad = torch.rand(2, 2, 2), torch.rand(2, 2, 2)
+    bad[1, 0, 1] = float("nan")
+    for pair in (([good], [bad]), ([bad], [good])):
+        loss, flat = saliency.saliency_loss(*pair, kind)
+        assert flat == 0
+        assert loss.isnan().tolist() == [False, True]
 
 
 def test_class_score() -> None:
@@ -457,16 +478,16 @@ def test_maps_are_fp32_under_bf16_autocast(method: str) -> None:
     images, target = plain.inputs(2, 12, seed=13)
     path = plain.all_taps("class_token", method, 2)[-1]
     with torch.autocast("cpu", torch.bfloat16):
-        output, (m,) = models.forward_with_maps(
+        output, (m,) = forward_with_maps(
             model, images.float(), [path], method, target, frozen=False  # type: ignore[arg-type]
         )  # fmt: skip
         assert isinstance(output, Tensor)
         assert output.dtype == torch.bfloat16
         assert m.dtype == torch.float32
         if method == "attention":
-            _, (qkv,) = models.tapped_forward(model, images.float(), [path])
+            _, (qkv,) = tapped_forward(model, images.float(), [path])
             assert qkv.dtype == torch.bfloat16
     if method == "attention":
         query, key, _ = qkv.double().reshape(2, 10, 3, 2, 8).permute(2, 0, 3, 1, 4)
         expected = (query[:, :, :1] @ key.transpose(2, 3) / math.sqrt(8)).softmax(-1)[:, :, 0, 1:].mean(1)
-        torch.testing.assert_close(m.double(), expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(m.flatten(1).double(), expected, rtol=1e-5, atol=1e-7)

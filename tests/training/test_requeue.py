@@ -68,6 +68,15 @@ def test_a_status_that_cannot_be_read_is_a_crash(tmp_path: Path, broken: str) ->
     assert decide(tmp_path, limit=3).action == "requeue"
 
 
+@pytest.mark.parametrize("broken", ['{"restarts": "x"}', '{"without_progress": null}', "[" * 100_000, "[]"])
+def test_a_count_that_cannot_be_read_begins_anew_and_is_said(tmp_path: Path, broken: str) -> None:
+    (left_behind(tmp_path, "running", 8) / "restarts.json").write_text(broken)
+    verdict = decide(tmp_path, limit=3)
+    assert verdict.action == "requeue"
+    assert "restarts.json is damaged" in verdict.why
+    assert "restart 1, 0 of 3 without progress" in verdict.why
+
+
 def test_looking_changes_nothing(tmp_path: Path) -> None:
     left_behind(tmp_path, "running")
     for _ in range(5):

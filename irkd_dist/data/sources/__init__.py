@@ -11,7 +11,10 @@ from typing import get_args
 
 import numpy as np
 
+from irkd_dist.data import files
 from irkd_dist.data.sources.base import Kind, Raw, Source
+from irkd_dist.data.sources.common import reading
+from irkd_dist.data.sources.naming import named
 from irkd_dist.errors import UserError
 
 __all__ = ["Kind", "Raw", "Source", "open_source"]
@@ -27,18 +30,20 @@ def open_source(
     samples: dict[str, int] | None = None,
     size: int = 32,
     seed: int = 42,
+    classes: tuple[str, ...] | None = None,
 ) -> Source:
     """Open a source of images.
 
     image_column and label_column are for parquet, download for cifar10, samples (per split), size (px) and
-    seed for synthetic. Raises UserError: path missing or without images, labels that make no sense.
+    seed for synthetic; classes: names or an order for the classes of any of them, see naming.py.
+    Raises UserError: path missing or without images, labels that make no sense.
     """
     if download and kind != "cifar10":
         raise UserError(f"--download is for source cifar10, not {kind}; fetch the files, name them by --path")
     if kind == "synthetic":
         from irkd_dist.data.sources.synthetic import open_synthetic
 
-        return open_synthetic(samples or {"train": 4000, "test": 1000}, size, seed)
+        return named(open_synthetic(samples or {"train": 4000, "test": 1000}, size, seed), classes)
     if path is None:
         raise UserError(f"irkd render {kind} needs --path: where its files are")
     path = Path(path)
@@ -48,6 +53,9 @@ def open_source(
         download_cifar10(path)
     if not path.exists():
         raise UserError(f"--path {path} does not exist{_hint(kind)}")
+    if not path.is_dir():
+        with reading(path):
+            files.regular(path)
     match kind:
         case "parquet":
             from irkd_dist.data.sources.parquet import open_parquet
@@ -71,6 +79,7 @@ def open_source(
             source = open_wds(path)
         case _:
             raise UserError(f"unknown source {kind!r}; one of {', '.join(get_args(Kind))}")
+    source = named(source, classes)
     _check_labels(source, path)
     return source
 

@@ -27,9 +27,10 @@ class Raw:
 class Source:
     """A set of labelled images; picklable, so that worker processes can read it.
 
-    labels: (N,) int64 for each split, in the source's own order. fingerprint: changes when the source does.
-    read(split, indices) yields the images of ascending indices; it raises UserError when a container file
-    cannot be read.
+    labels: (N,) int64 for each split, in the source's own order. classes: names of the labels 0, 1, ...; () in what a
+    module returns whose labels are numbers without names, until naming.py. fingerprint: changes when the source does.
+    read(split, indices) yields the images of ascending indices; it raises UserError when a container file cannot be
+    read. notes: what was left out or reinterpreted, each a line.
     """
 
     kind: Kind
@@ -39,3 +40,4 @@ class Source:
     masks: bool
     fingerprint: str
     read: Callable[[str, Sequence[int]], Iterator[Raw]]
+    notes: tuple[str, ...] = ()

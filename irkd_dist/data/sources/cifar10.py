@@ -2,17 +2,20 @@
 
 import functools
 import io
+import lzma
 import pickle
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from irkd_dist.data import files
 from irkd_dist.data.sources.base import Raw, Source
-from irkd_dist.data.sources.common import fingerprint, one_line
-from irkd_dist.errors import UserError
+from irkd_dist.data.sources.common import fingerprint, one_line, reading
+from irkd_dist.errors import UserError, printable
 
 _TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 _TEST = ("test_batch",)
@@ -36,7 +39,7 @@ def open_cifar10(path: Path) -> Source:
     return Source(
         kind="cifar10",
         name="cifar10",
-        classes=tuple(map(str, names)),
+        classes=tuple(map(printable, names)),
         labels=labels,
         masks=False,
         fingerprint=fingerprint("cifar10", {s: v.tolist() for s, v in labels.items()}),
@@ -65,13 +68,25 @@ def _batch(path: Path, name: str) -> dict[str, Any]:
         )
     try:
         batch = _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
-        if name != "batches.meta" and len(batch["labels"]) != len(
-            np.asarray(batch["data"]).reshape(-1, 3072)
-        ):
-            raise ValueError("labels and images differ in number")
+        (_check_names if name == "batches.meta" else _check_batch)(batch)
     except Exception as error:  # a damaged pickle may raise anything
         raise UserError(f"{path}: {name} is not a CIFAR-10 batch: {one_line(error)}") from error
     return batch
+
+
+def _check_names(batch: Any) -> None:
+    if not batch["label_names"] or not all(type(name) is str for name in batch["label_names"]):
+        raise ValueError("its label_names are no names")
+
+
+def _check_batch(batch: Any) -> None:
+    labels, data = batch["labels"], batch["data"]
+    if not isinstance(labels, list) or not all(
+        type(label) is int and 0 <= label < 1 << 31 for label in labels
+    ):
+        raise ValueError("its labels are no list of whole numbers")
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != (len(labels), 3072):
+        raise ValueError(f"its data is not ({len(labels)}, 3072) of uint8, an image for each label")
 
 
 @functools.lru_cache(maxsize=1)
@@ -79,16 +94,16 @@ def _files(path: Path) -> dict[str, bytes]:
     wanted = {"batches.meta", *_TRAIN, *_TEST}
     for folder in (path, path / "cifar-10-batches-py"):
         if (folder / "batches.meta").is_file():
-            return {file.name: file.read_bytes() for file in folder.iterdir() if file.name in wanted}
+            with reading(folder):
+                return {file.name: files.read(file) for file in folder.iterdir() if file.name in wanted}
     archive = path / "cifar-10-python.tar.gz" if path.is_dir() else path
     if not archive.is_file():
         return {}
-    try:
-        with tarfile.open(archive, "r:*") as tar:
-            members = [m for m in tar if m.isreg() and Path(m.name).name in wanted]
-            return {Path(m.name).name: tar.extractfile(m).read() for m in members}  # type: ignore[union-attr]
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{archive} is not a readable archive: {one_line(error)}; fetch it again") from error
+    errors = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
+    what = "not a readable archive (fetch it again)"
+    with reading(archive, *errors, what=what), tarfile.open(archive, "r:*") as tar:
+        members = [m for m in tar if m.isreg() and Path(m.name).name in wanted]
+        return {Path(m.name).name: tar.extractfile(m).read() for m in members}  # type: ignore[union-attr]
 
 
 class _PlainUnpickler(pickle.Unpickler):

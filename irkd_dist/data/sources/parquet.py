@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,51 +13,61 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from irkd_dist.data.sources.base import Raw, Source
-from irkd_dist.data.sources.common import by_split, fingerprint, numbered, one_line
-from irkd_dist.errors import UserError
+from irkd_dist.data.sources.common import by_split, containers, fingerprint, reading, said
+from irkd_dist.errors import UserError, printable
+
+_File = tuple[Path, int]  # and its rows
 
 
 def open_parquet(path: Path, image_column: str | None, label_column: str | None) -> Source:
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    files, others = containers(path, r"\.parquet$")
     if not files:
         raise UserError(f"--path {path} holds no *.parquet file")
-    splits = by_split(files, path)
+    splits: dict[str, tuple[_File, ...]] = {}
     labels: dict[str, np.ndarray] = {}
-    schema, image, label = None, "", ""
-    for split, members in splits.items():
+    notes, image, label = [*said(others)], image_column or "", label_column or ""
+    names: dict[tuple[str, ...], Path] = {}
+    for split, members in by_split(files, path).items():
         columns = []
         for file in members:
             with _reading(file):
                 table = pq.ParquetFile(file)
-                if schema is None:
-                    schema = table.schema_arrow
-                    image = image_column or _image_column(schema, file)
-                    label = label_column or _label_column(schema, file)
-                _check_columns(table.schema_arrow, (image, label), file)
+                schema = table.schema_arrow
+                image = image or _image_column(schema, file)
+                label = label or _label_column(schema, file)
+                _check_columns(schema, (image, label), file)
                 columns.append(_label_values(table, label, file))
+            if found := _feature_names(schema, label, file):
+                names.setdefault(found, file)
+        splits[split] = tuple((file, len(values)) for file, values in zip(members, columns, strict=True))
         labels[split] = np.concatenate(columns)
     for split in [s for s, values in labels.items() if values.size and (values == -1).all() and s != "train"]:
-        print(f"irkd: {path}: split {split} has no labels (all -1) and is left out")
+        notes.append(f"split {split} has no labels (all -1): its {len(labels[split])} images are left out")
         del labels[split], splits[split]
-    assert schema is not None
     return Source(
         kind="parquet",
         name=path.resolve().stem if path.is_file() else path.resolve().name,
-        classes=_feature_names(schema, label) or numbered(labels.values()),
+        classes=_only(names),
         labels=labels,
         masks=False,
         fingerprint=fingerprint("parquet", image, label, containers=files),
-        read=functools.partial(_read, {s: tuple(m) for s, m in splits.items()}, image),
+        read=functools.partial(_read, splits, image),
+        notes=tuple(notes),
     )
 
 
-@contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Errors of pyarrow and of the system become one that names the file."""
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read {file}: {one_line(error)}") from error
+def _reading(file: Path) -> contextlib.AbstractContextManager[None]:
+    return reading(file, pa.ArrowException, ValueError, IndexError)
+
+
+def _only(names: dict[tuple[str, ...], Path]) -> tuple[str, ...]:
+    """The class names that all files agree on, () if none has any."""
+    if len(names) > 1:
+        (one, first), (other, second) = list(names.items())[:2]
+        at = next(i for i, pair in enumerate(itertools.zip_longest(one, other)) if pair[0] != pair[1])
+        told = [f"{at} is {own[at]!r}" if at < len(own) else f"there is no {at}" for own in (one, other)]
+        raise UserError(f"class names differ: class {told[0]} in {first}, {told[1]} in {second}")
+    return next(iter(names), ())
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
@@ -64,14 +75,18 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
     try:
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         return dict(info["info"]["features"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
-def _feature_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
+def _feature_names(schema: pa.Schema, label: str, file: Path) -> tuple[str, ...] | None:
     feature = _features(schema).get(label)
     names = feature.get("names") if isinstance(feature, dict) else None
-    return tuple(map(str, names)) if names else None
+    if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(
+            f"{file}: the class names of column {label!r} are no list of names: {str(names)[:80]}"
+        )
+    return tuple(map(printable, names)) if names else None
 
 
 def _image_column(schema: pa.Schema, file: Path) -> str:
@@ -115,20 +130,30 @@ def _label_values(table: Any, label: str, file: Path) -> np.ndarray:
 
 
 def _read(
-    files: dict[str, tuple[Path, ...]], image: str, split: str, indices: Sequence[int]
+    files: dict[str, tuple[_File, ...]], image: str, split: str, indices: Sequence[int]
 ) -> Iterator[Raw]:
     wanted, first = np.asarray(indices, dtype=np.int64), 0
-    for file in files[split]:
-        with _reading(file):
-            table = pq.ParquetFile(file)
-            groups = [table.metadata.row_group(g).num_rows for g in range(table.num_row_groups)]
-        for group, rows in enumerate(groups):
-            here = wanted[(wanted >= first) & (wanted < first + rows)] - first
-            if here.size:
+    for file, rows in files[split]:
+        here = wanted[(wanted >= first) & (wanted < first + rows)] - first
+        first += rows
+        if here.size:
+            yield from _rows(file, image, here)
+
+
+def _rows(file: Path, image: str, wanted: np.ndarray) -> Iterator[Raw]:
+    """The images of ascending rows of one file, a row group at a time."""
+    with _reading(file):
+        table = pq.ParquetFile(file)
+        groups = [table.metadata.row_group(g).num_rows for g in range(table.num_row_groups)]
+    first = 0
+    for group, rows in enumerate(groups):
+        here = wanted[(wanted >= first) & (wanted < first + rows)] - first
+        if here.size:
+            with _reading(file):
+                column = table.read_row_group(group, columns=[image]).column(0)
+            for row in here:
                 with _reading(file):
-                    column = table.read_row_group(group, columns=[image]).column(0)
-                for row in here:
                     value = column[int(row)].as_py()
-                    data = value.get("bytes") if isinstance(value, dict) else value
-                    yield Raw(f"{file.name} row {first + int(row)}", data if isinstance(data, bytes) else b"")
-            first += rows
+                data = value.get("bytes") if isinstance(value, dict) else value
+                yield Raw(f"{file.name} row {first + int(row)}", data if isinstance(data, bytes) else b"")
+        first += rows

@@ -10,12 +10,17 @@ from irkd_dist.data.sources.base import Raw, Source
 from irkd_dist.data.sources.common import fingerprint, ordered
 from irkd_dist.errors import UserError
 
+_MOST_SAMPLES, _LARGEST = 10_000_000, 2048
+
 
 def open_synthetic(samples: dict[str, int], size: int, seed: int) -> Source:
     if not samples.get("train"):
         raise UserError(f"--samples {samples}: a train split is needed, e.g. train=4000,test=1000")
-    if size < 4:
-        raise UserError(f"--size {size} is too small for a shape; use 12 or more")
+    if sum(samples.values()) > _MOST_SAMPLES:
+        raise UserError(f"--samples {samples}: at most {_MOST_SAMPLES:,} are drawn")
+    if not 4 <= size <= _LARGEST:
+        word = "small for a shape" if size < 4 else "large to be drawn"
+        raise UserError(f"--size {size} is too {word}; use 12 to {_LARGEST}")
     count = len(synthetic.CLASSES)
     return Source(
         kind="synthetic",

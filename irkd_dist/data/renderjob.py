@@ -1,0 +1,200 @@
+"""One shard of one split, at all resolutions: decoded once, written with its index, and its record left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import webdataset as wds
+from PIL import Image, UnidentifiedImageError
+
+from irkd_dist.data import files, images, index, shards
+from irkd_dist.data.images import Fit
+from irkd_dist.data.pixels import encode
+from irkd_dist.data.shards import Encoding, Mode, Shard
+from irkd_dist.data.sources import Source
+from irkd_dist.errors import Stopped, UserError, printable
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a source becomes shards; `workers` and `max_bad` are the only ones without influence on the bytes."""
+
+    resolutions: tuple[int, ...]
+    mode: Mode = "resize"  # crop: only the largest resolution is stored, training crops from it
+    encoding: Encoding = "png"
+    samples_per_shard: int = 2000
+    val_fraction: float = 0.1  # of train, where the source has no validation split
+    seed: int = 42
+    limit: int | None = None  # samples of each split at most
+    dataset: str | None = None  # name; None: the source's
+    workers: int = 1
+    max_bad: int = 0  # unreadable images that are skipped before the render stops
+    fit: Fit = "crop"  # of images that are not square: their centre, squashed, or whole on black
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard of one split: its file name, the first key's number, and where its samples are in the source."""
+
+    split: str
+    name: str
+    first: int
+    source_split: str
+    indices: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every job of a render shares; sent to each worker process once."""
+
+    source: Source
+    out: Path
+    options: Options
+    resolutions: tuple[int, ...]
+    plan: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is left of a finished job: its files, the exact sums that mean and std are made of, and what to say."""
+
+    plan: str
+    name: str
+    shards: dict[str, Shard]
+    pixels: int
+    sums: list[int]
+    squares: list[int]
+    bad: list[str]
+    facts: dict[str, int] | None = (
+        None  # of how many images each of images.FACTS is true; None: not counted yet then
+    )
+
+
+def render_shard(work: Work, job: Job, stop: Callable[[], bool]) -> Record:
+    """Decode a shard's images once and write them at every resolution; returns and leaves a record. Raises Stopped."""
+    streams = {r: io.BytesIO() for r in work.resolutions}
+    sums, squares = np.zeros(3, np.uint64), np.zeros(3, np.uint64)
+    bad: list[str] = []
+    facts: Counter[str] = Counter()
+    written = 0
+    with contextlib.ExitStack() as stack:
+        writers = {r: stack.enter_context(_writer(stream)) for r, stream in streams.items()}
+        for offset, raw in enumerate(work.source.read(job.source_split, job.indices)):
+            if stop():
+                raise Stopped
+            try:
+                loaded = images.load(raw)
+            except Exception as error:  # damaged files make Pillow raise nearly anything
+                bad.append(f"{printable(raw.name)} ({_reason(error)})")
+                check_bad(bad, work.options.max_bad)
+                continue
+            written += 1
+            facts.update(loaded.facts)
+            facts["enlarged"] += min(loaded.image.size) < work.resolutions[-1]
+            for r, writer in writers.items():
+                pixels = np.asarray(images.fit(loaded.image, r, work.options.fit))
+                key = f"{job.first + offset:09d}"
+                writer.write(_sample(key, pixels, job.labels[offset], loaded.mask, work.options))
+                if r == work.resolutions[-1] and job.split == "train":
+                    flat = pixels.reshape(-1, 3).astype(np.uint64)
+                    sums += flat.sum(0)
+                    squares += (flat * flat).sum(0)
+    result = {
+        f"r{r}": _save(work.out / f"r{r}", job.name, stream, written, work.options.encoding)
+        for r, stream in streams.items()
+    }
+    count = written * work.resolutions[-1] ** 2 if job.split == "train" else 0
+    record = Record(work.plan, job.name, result, count, sums.tolist(), squares.tolist(), bad, dict(+facts))
+    with files.atomic(work.out / shards.PARTS / f"{job.name}.json") as file:
+        file.write(json.dumps(asdict(record)).encode())
+    return record
+
+
+def check_bad(bad: list[str], limit: int) -> None:
+    if len(bad) > limit:
+        raise UserError(
+            f"{len(bad)} unreadable image{'s' if len(bad) > 1 else ''}, over the limit --max-bad {limit}: "
+            f"{'; '.join(bad[:5])}; mend or remove them, or raise the limit"
+        )
+
+
+def _writer(stream: io.BytesIO) -> wds.TarWriter:  # type: ignore[name-defined]
+    # time, user and group fixed: everything else in the headers follows from the samples
+    return wds.TarWriter(stream, encoder=False, mtime=0, user="irkd", group="irkd", compress=False)  # type: ignore[arg-type]
+
+
+def _sample(
+    key: str, pixels: np.ndarray, label: int, mask: Image.Image | None, options: Options
+) -> dict[str, str | bytes]:
+    sample: dict[str, str | bytes] = {
+        "__key__": key,
+        options.encoding: encode(pixels, options.encoding),
+        "cls": str(label).encode(),
+    }
+    if mask is not None:
+        small = np.asarray(images.fit(mask, pixels.shape[0], options.fit))
+        sample["mask.png"] = encode(np.where(small >= 128, 255, 0).astype(np.uint8), "png")
+    return sample
+
+
+def _save(folder: Path, name: str, stream: io.BytesIO, samples: int, encoding: Encoding) -> Shard:
+    data = stream.getbuffer()
+    with files.atomic(folder / name) as file:
+        file.write(data)
+    listed = index.scan(lambda count, at: bytes(data[at : at + count]), len(data), encoding)
+    digest = hashlib.sha256(data).hexdigest()
+    return Shard(name, samples, len(data), digest, _write_index(folder / name, listed, digest))
+
+
+def _write_index(tar: Path, listed: index.Index, digest: str) -> str:
+    """Write the index beside its tar, whose sha256 is `digest`; returns its own."""
+    data = index.encode(listed, digest)
+    with files.atomic(tar.with_name(index.file_name(tar.name))) as file:
+        file.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its text holds a memory address
+        return "not an image, or of an unknown format"
+    return printable(
+        (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    )
+
+
+def finished(work: Work, job: Job) -> Record | None:
+    """The job's record, if all its files are there and as it says."""
+    try:
+        raw = json.loads(files.read(work.out / shards.PARTS / f"{job.name}.json"))
+        raw.pop("upscaled", None)  # of a render before facts were counted
+        record = Record(**raw | {"shards": {k: Shard(**v) for k, v in raw["shards"].items()}})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    whole = all(
+        shards.damage(work.out / key / shard.name, shard) is None for key, shard in record.shards.items()
+    )
+    if record.plan != work.plan or not whole:
+        return None
+    return replace(
+        record,
+        shards={
+            key: _with_index(work.out / key, s, work.options.encoding) for key, s in record.shards.items()
+        },
+    )
+
+
+def _with_index(folder: Path, shard: Shard, encoding: Encoding) -> Shard:
+    """The shard, with the index that it has not got if it was rendered before there were any."""
+    if shard.index is not None:
+        return shard
+    tar = folder / shard.name
+    return replace(shard, index=_write_index(tar, shards.scan(tar, encoding), shard.sha256))

@@ -1,0 +1,110 @@
+"""`irkd verify`: whether what lies on disk is whole and can be read. Each kind of folder has a function of its own.
+
+It yields problems: lines that begin with the bad file, and name the sample where there is one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from irkd_dist.data import shards as format
+from irkd_dist.data.index import Index
+from irkd_dist.errors import UserError
+
+_MOST_NAMED = 20  # bad samples of one file that are named
+
+
+def verify(path: Path) -> Iterator[str]:
+    """The problems of whatever lies at `path`. Raises UserError when that is nothing known."""
+    if (path / format.MANIFEST).exists() or (path / format.PARTS).is_dir():
+        return shards(path)
+    # here: runs, checkpoints, caches and exports, each with a function of its own
+    raise UserError(f"{path} is no folder of irkd shards ({format.MANIFEST} in it); irkd verify reads those")
+
+
+def shards(folder: Path) -> Iterator[str]:
+    """The problems of a folder of shards: schema, checksums, index against tar, keys, labels, every image and mask."""
+    try:
+        manifest = format.load_manifest(folder)
+    except UserError as error:
+        yield str(error)
+        return
+    for split in manifest.splits:
+        seen: dict[
+            int, tuple[str, np.ndarray]
+        ] = {}  # of each shard: keys' digest and labels at the first resolution
+        for resolution in manifest.resolutions:
+            for number, shard in enumerate(manifest.shards[f"r{resolution}"][split]):
+                path = folder / f"r{resolution}" / shard.name
+                if found := format.damage(path, shard):
+                    yield f"{path} {found}"
+                    continue
+                try:
+                    listed = format.scan(path, manifest.encoding)
+                except (ValueError, OSError) as error:
+                    yield f"{path} is not a shard of this manifest: {error}"
+                    continue
+                yield from (
+                    f"{path} {problem}" for problem in _one_shard(path, shard, listed, manifest, resolution)
+                )
+                facts = (
+                    hashlib.sha256("\n".join(listed.keys).encode(errors="replace")).hexdigest(),
+                    listed.labels,
+                )
+                if not _alike(seen.setdefault(number, facts), facts):
+                    yield f"{path} has other keys or labels than at {manifest.resolutions[0]} px"
+
+
+def _alike(one: tuple[str, np.ndarray], other: tuple[str, np.ndarray]) -> bool:
+    return one[0] == other[0] and np.array_equal(one[1], other[1])
+
+
+def _one_shard(
+    path: Path, shard: format.Shard, listed: Index, manifest: format.Manifest, resolution: int
+) -> Iterator[str]:
+    """The problems inside a shard whose checksum is right; `listed` is the index that its tar gives."""
+    if len(listed) != shard.samples:
+        yield f"has {len(listed)} samples, the manifest says {shard.samples}"
+    try:
+        written = format.written_index(path, shard)
+        if shard.index is not None and (written is None or not _same(written, listed)):
+            yield "has an index that is not its tar's"
+    except (ValueError, OSError) as error:
+        yield f"has an index that cannot be read: {error}"
+    for i in np.flatnonzero(listed.labels >= len(manifest.classes))[:_MOST_NAMED]:
+        yield f"sample {listed.keys[i]}: label {listed.labels[i]}, the manifest has {len(manifest.classes)} classes"
+    opened = format.Split([path], [listed])
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda i: _unreadable(opened, i, manifest, resolution), range(len(listed)))
+        problems = [problem for problem in found if problem]
+    opened.close()
+    yield from problems[:_MOST_NAMED]
+    if len(problems) > _MOST_NAMED:
+        yield f"and {len(problems) - _MOST_NAMED} more samples of it cannot be read"
+
+
+def _same(one: Index, other: Index) -> bool:
+    return one.keys == other.keys and all(
+        np.array_equal(getattr(one, column), getattr(other, column)) for column in ("labels", "image", "mask")
+    )
+
+
+def _unreadable(opened: format.Split, i: int, manifest: format.Manifest, resolution: int) -> str | None:
+    """What is wrong with the image or the mask of sample i."""
+    mask = opened.mask(i)
+    if mask is None and manifest.masks:
+        return f"sample {opened.keys[i]}: it has no mask, the manifest says that all have one"
+    stored: list[tuple[str, bytes, format.Encoding]] = [("image", opened.image(i), manifest.encoding)]
+    for what, data, encoding in stored if mask is None else [*stored, ("mask", mask, "png")]:
+        try:
+            shape = tuple(format.decode(data, encoding).shape)
+        except ValueError as error:
+            return f"sample {opened.keys[i]}: {what}: {error}"
+        if shape != (3, resolution, resolution):
+            return f"sample {opened.keys[i]}: {what}: its shape is {shape}, not {(3, resolution, resolution)}"
+    return None

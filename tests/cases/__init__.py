@@ -1,0 +1,1 @@
+"""What ordinary users and attackers met, as small inputs to whole commands."""
