@@ -306,11 +306,11 @@ def test_what_a_key_is_by_default_may_depend_on_another(base: Path) -> None:
 
 
 def test_operational_is_written_at_the_keys() -> None:
-    """The same keys as when they stood in a list; older checkpoints compare as they did."""
+    """The keys that stood in a list, so that older checkpoints compare as they did; and `compile`."""
     assert sorted(keys.operational(config.Config)) == sorted(
         ["name", "out", "engine", "rank_timeout_s", "optim.accumulate", "optim.max_skips", "teacher.shard",
          "checkpoint", "track", "data.shards", "data.cache", "data.workers", "data.verify", "data.leave_out",
-         "teacher.run", "references"]
+         "teacher.run", "references", "compile"]
     )  # fmt: skip
 
 
