@@ -131,7 +131,7 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     sums = torch.tensor(run.position.sums, device=engine.device)
     means, images = metrics.means(engine, sums, parts.config.loss)
     seconds = time.perf_counter() - started
-    best_name = f"{runfolder.BEST}/{runfolder.best_name(before.stage, at)}"
+    best_name = runfolder.best_name(before.stage, at)
     state, decision = _decide(run, accuracy, best_name, run.position.seconds + seconds, tokens)
 
     shown = "  ".join(f"{k} {means[k]:.4f}" for k in ("total", "ce", "kd", "saliency") if k in means)
