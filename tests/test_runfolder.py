@@ -162,7 +162,7 @@ def test_a_whole_file_is_there_or_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a: [", "cannot be read"), ("- 1", "no mapping"), ("a: !!binary aGk=", "cannot be read"), ("a: ${", "cannot"),
+    [("a: [", "cannot be read"), ("- 1", "no mapping"), ("a: !!binary aGk=", "cannot be read"),
      ("&a [*a]", "cannot be read")],
 )  # fmt: skip
 def test_a_configuration_that_is_none_is_one_line(tmp_path: Path, text: str, said: str) -> None:

@@ -131,7 +131,9 @@ def _folder_opened(
     distributed.barrier(engine)
     assert config.name is not None
     track, tree = config.track, configuration.to_dict(config)
-    tracker = Tracker(folder, engine.main, track.backend, track.mode, track.project, config.name, tree)
+    tracker = Tracker(
+        folder, engine.main, track.backend, track.mode, track.project, config.name, tree, requests.ask
+    )
     decisions = runfolder.read_decisions(folder, build.config_digest(config)) if engine.main else {}
     # one that counts on a best which is gone is taken anew
     gone = {text.partition(": ")[0] for text in resumed.lost}
