@@ -46,7 +46,8 @@ def take(parts: Parts, batches: list[Batch], alpha: float, gamma: float, step: i
     config, engine, terms = parts.config, parts.engine, []
     mine = torch.zeros((), device=engine.device)
     pieces = slices(batches, config.data.virtual_ranks, engine, config.optim.accumulate)
-    several, buffers = len(batches) > 1, None
+    several, buffers = len(batches) > 1, list(parts.student.buffers())
+    before = after = _flat(buffers)  # BatchNorm's statistics, which a forward changes
     for i, (rank, part, piece) in enumerate(pieces):
         torch.manual_seed(virtual.seed(config.seed, step, rank, part))
         with engine.micro_batch(last=i == len(pieces) - 1):
@@ -59,11 +60,11 @@ def take(parts: Parts, batches: list[Batch], alpha: float, gamma: float, step: i
             mine = torch.maximum(mine, (~torch.isfinite(loss.detach())).float())
             engine.backward(guard.poisoned(loss))
         terms.append({**made, "total": loss})
-        if several and buffers is None:  # BatchNorm's statistics are those of the first slice
-            buffers = [(b, b.clone()) for b in parts.student.buffers()]
-    for buffer, kept in buffers or ():
-        buffer.copy_(kept)
-    return Taken(terms, engine.step(), mine, sum((b.weight > 0).sum() for b in batches))
+        if i == (0 if several else len(pieces) - 1):  # of several slices the first one's count
+            after = _flat(buffers)
+    skipped = engine.step()
+    _put(buffers, [torch.where(skipped > 0, old, new) for old, new in zip(before, after, strict=True)])
+    return Taken(terms, skipped, mine, sum((b.weight > 0).sum() for b in batches))
 
 
 def slices(
@@ -140,6 +141,22 @@ def learning_rate(
     if policy == "rewarm" and position.curriculum.stage > 0:
         factor *= optim.rewarm_factor(position.stage_step, spec.rewarm_steps)
     return plan.stages[position.curriculum.stage].lr * factor
+
+
+def _flat(buffers: list[Tensor]) -> list[Tensor]:
+    """Copies of all buffers as one tensor for each type: a model may have hundreds of small ones."""
+    return [torch.cat([b.reshape(-1) for b in same]) for same in _by_type(buffers)]
+
+
+def _put(buffers: list[Tensor], flat: list[Tensor]) -> None:
+    """Put back what `_flat` gave."""
+    for same, values in zip(_by_type(buffers), flat, strict=True):
+        pieces = values.split([b.numel() for b in same])
+        torch._foreach_copy_(same, [p.view_as(b) for p, b in zip(pieces, same, strict=True)])  # type: ignore[attr-defined]
+
+
+def _by_type(buffers: list[Tensor]) -> list[list[Tensor]]:
+    return [[b for b in buffers if b.dtype == dtype] for dtype in dict.fromkeys(b.dtype for b in buffers)]
 
 
 def _faulty(loss: Tensor, student: nn.Module, engine: Engine, step: int) -> Tensor:

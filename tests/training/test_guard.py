@@ -2,14 +2,15 @@
 
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from irkd_dist import checkpoint, faults, runfolder
 from irkd_dist import config as configuration
-from irkd_dist import runfolder
 from irkd_dist.training import guard, metrics, step
 from irkd_dist.training.train import train
 
@@ -96,3 +97,47 @@ def test_a_finite_loss_keeps_its_bits() -> None:
     weight = torch.randn(5, requires_grad=True)
     plain = torch.autograd.grad((weight**3).sum(), weight)[0]
     assert torch.equal(torch.autograd.grad(guard.poisoned((weight**3).sum()), weight)[0], plain)
+
+
+CONVOLUTIONAL = [
+    "student.name=test_resnet", "student.patch=null", "student.options={}", "loss.saliency.taps=[[layer1,blocks.1]]",
+    "curriculum.stages=[{resolution: 16}]", "curriculum.epochs=1",
+]  # fmt: skip
+
+
+def final(run: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load_student(max((run / "checkpoints").glob("step-*")))
+
+
+@pytest.mark.parametrize("slices", ["null", "4"])
+def test_a_step_that_is_not_taken_leaves_batchnorms_statistics(
+    student_yaml: Path, monkeypatch: pytest.MonkeyPatch, slices: str
+) -> None:
+    """Activations that are NaN reach them in the forward, long before anybody looks at a gradient."""
+    more, whole = [*CONVOLUTIONAL, f"data.virtual_ranks={slices}"], step.take
+
+    def spoiled(parts, batches, alpha, gamma, at):
+        if at == 1:
+            batches = [replace(b, images=b.images * float("nan")) for b in batches]
+        return whole(parts, batches, alpha, gamma, at)
+
+    train(configuration.load(student_yaml, ["name=told", "data.leave_out=[1]", *more]))
+    monkeypatch.setattr(step, "take", spoiled)
+    train(configuration.load(student_yaml, ["name=met", *more]))
+    told, met = final(student_yaml.parent / "told"), final(student_yaml.parent / "met")
+    assert any("running_var" in key for key in met)
+    assert all(torch.equal(met[key], told[key]) for key in told)
+
+
+def test_going_back_to_the_start_of_a_stage_resets_its_moments_too(
+    student_yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint of a transition holds those of the stage before."""
+    train(configuration.load(student_yaml, ["name=told", "data.leave_out=[8,9,10]"]))
+    monkeypatch.setenv("IRKD_FAULT", "nan@loss:8,nan@loss:9,nan@loss:10")
+    monkeypatch.setattr(faults, "_done", set())
+    train(configuration.load(student_yaml, ["name=back", "optim.max_skips=2"]))
+    events = runfolder.read_events(student_yaml.parent / "back")
+    assert [e["checkpoint"] for e in events if e["event"] == "rollback"] == ["step-00000008"]
+    told, back = final(student_yaml.parent / "told"), final(student_yaml.parent / "back")
+    assert all(torch.equal(back[key], told[key]) for key in told)
