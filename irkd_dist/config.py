@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from irkd_dist.data.recipe import Augment
 from irkd_dist.distill.paper import PAPER_MODELS
@@ -29,6 +29,11 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 _strict = ConfigDict(extra="forbid")
+
+
+def _word(value: Any) -> Any:
+    """YAML reads the words on and off as booleans."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,21 @@ class Model:
 
 
 @dataclass(frozen=True)
+class TeacherCache:
+    """Keeps what the teacher says of a sample as it is shown, for other runs and epochs (docs/cache.md)."""
+
+    folder: str | None = None  # null: none; several runs may share one
+    # auto: read what is there, compute and keep the rest; write: compute and keep all; off: compute, in chunks as well
+    mode: Annotated[Literal["off", "read", "write", "auto"], BeforeValidator(_word)] = "auto"
+    limit_gib: PositiveFloat | None = None  # of the whole folder
+    storage: Literal["exact", "compact"] = "exact"  # compact: fp16 logits, 8-bit maps, a third of the size
+    chunk: Positive = (
+        64  # samples that a teacher with a cache computes at once, whatever the batch and the world are
+    )
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
 class Teacher:
     """Where the teacher comes from: a run of ours, or any timm model with a weights file."""
 
@@ -83,6 +103,7 @@ class Teacher:
     renormalize: bool = False  # feed it its own mean and std where they differ from the shards'
     mean: tuple[float, float, float] | None = None  # its normalisation, for teacher.model; null: the shards'
     std: tuple[float, float, float] | None = None
+    cache: TeacherCache = field(default_factory=TeacherCache)
     __pydantic_config__ = _strict
 
 
@@ -268,6 +289,9 @@ OPERATIONAL = (
     "data.verify",
     "data.leave_out",
     "teacher.run",  # likewise
+    "teacher.cache.folder",
+    "teacher.cache.mode",
+    "teacher.cache.limit_gib",
 )
 
 _ADAPTER = TypeAdapter(Config)
@@ -412,6 +436,14 @@ def check(config: Config) -> None:
         if own and config.teacher.run is None:
             raise UserError(
                 f"curriculum.stages[{own[0]}].teacher names a checkpoint: give teacher.run, not teacher.model"
+            )
+        cache = config.teacher.cache
+        if cache.folder is None and replace(cache, mode="auto") != TeacherCache():
+            changed = next(
+                f.name for f in fields(cache) if f.name != "mode" and getattr(cache, f.name) != f.default
+            )
+            raise UserError(
+                f"teacher.cache.{changed}={getattr(cache, changed)} without a cache: give teacher.cache.folder"
             )
         if (config.teacher.mean is None) != (config.teacher.std is None):
             raise UserError("teacher.mean and teacher.std go together: give both or none")
