@@ -54,6 +54,7 @@ def teach(
     """
     config, started = _checked(config), time.perf_counter()
     engine = engines.setup(config)
+    say = say if engine.main else lambda text: None
     try:
         with distributed.StopRequests(listen=True) as requests:
             parts = build.build(config, engine)
@@ -62,11 +63,14 @@ def teach(
             _announce(parts, epochs, share, say)
             report = progress if engine.main else lambda done, total: None
             try:
-                computed, found = _fill(parts, passes(parts, epochs), share, report, requests)
+                computed, found = _fill(parts, passes(parts, epochs), share, report, say, requests)
             finally:
                 parts.answers.close()
             _heed(parts, say)
         totals = distributed.total(engine, torch.tensor([computed, found], device=engine.device)).tolist()
+    except Stopped as error:
+        say(str(error))
+        raise
     finally:
         engine.finish()
     return {"computed": totals[0], "found": totals[1], "seconds": time.perf_counter() - started}
@@ -100,14 +104,10 @@ def _checked(config: Config) -> Config:
 
 
 def _announce(parts: Parts, epochs: int | None, share: tuple[int, int], say: Callable[[str], object]) -> None:
-    if not parts.engine.main:
-        return
     assert parts.answers is not None
     ends = [s for s in configuration.stages(parts.config) if s.patience or s.target or s.minutes or s.tokens]
     if ends and epochs is None and parts.config.augment.draws is None:
-        say(
-            "stages may end early (patience, target, minutes, tokens): what they see if none does is filled"
-        )
+        say("stages may end early (patience, target, minutes, tokens): what they see if none does is filled")
     say(
         f"{parts.answers.folder}: part {share[0] + 1} of {share[1]} of what {parts.config.name} asks its teacher"
     )
@@ -115,7 +115,7 @@ def _announce(parts: Parts, epochs: int | None, share: tuple[int, int], say: Cal
 
 def _fill(
     parts: Parts, todo: list[Pass], share: tuple[int, int], progress: Callable[[int, int], object],
-    requests: distributed.StopRequests,
+    say: Callable[[str], object], requests: distributed.StopRequests,
 ) -> tuple[int, int]:  # fmt: skip
     """The share's samples, pass by pass; returns how many were computed, and how many were there."""
     assert parts.answers is not None
@@ -126,13 +126,13 @@ def _fill(
             continue
         restore.load_stage_teacher(parts, number)
         with build.train_loader(parts, stage, Share()) as loader:
-            answers.enter(parts, number, loader)
+            for note in answers.enter(parts, number, loader):
+                say(note)
             steps = range(share[0], loader.steps_per_epoch, share[1])
             total = total or len(steps) * len(todo)
             for each in own:
                 missing = _missing(parts, loader, each, steps)
                 done += len(steps) - len(missing)
-                progress(done, max(total, done))
                 asked = [_wanted(parts, loader, each, s) for s in missing]
                 batches = loader.steps(each.epoch, chosen=missing)
                 ahead = parts.answers.ahead(batches, asked, parts.config.data.workers)
@@ -142,7 +142,10 @@ def _fill(
                     progress(done, max(total, done))
                     if requests.received:
                         parts.answers.flush()
-                        raise Stopped(f"{requests.received} after {done} of {total} batches")
+                        raise Stopped(
+                            f"stopped by {requests.received} after {done} of {total} batches; what is computed is "
+                            "written, and the same command goes on"
+                        )
                 parts.answers.flush()
                 misses = parts.answers.counts.take()[1]
                 computed, found = (

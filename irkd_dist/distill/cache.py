@@ -9,6 +9,7 @@ has computed an answer, beside which others, in which world.
 from __future__ import annotations
 
 import collections
+import itertools
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,10 +35,10 @@ FORMS = {"exact": ("exact", "exact"), "compact": ("half", "bytes")}  # of logits
 
 @dataclass(frozen=True)
 class Keys:
-    """What decides a teacher's logits, and its maps: plain values."""
+    """What decides a teacher's logits, and the maps of each tap: plain values."""
 
     logits: dict[str, Any]
-    maps: dict[str, Any] | None  # None where no maps are asked for
+    maps: list[dict[str, Any]]  # none where no maps are asked for
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,14 @@ class CachedTeacher:
         )  # largest error of compact logits and maps, part of the range
         self._storage, self._chunk, self._most = storage, chunk, most
         self._logits: Store | None = None
-        self._maps: Store | None = None
+        self._maps: list[Store] = []  # one a tap: students with other taps may have some of them in common
         self._now: tuple[_Kept, _Kept] = (_NOTHING, _NOTHING)
         self.writer = Writer(folder, limit) if mode in ("write", "auto") else None
 
     @property
     def stores(self) -> list[Store]:
-        """Those that are in use: of logits, and of maps where they are asked for."""
-        return [s for s in (self._logits, self._maps) if s is not None]
+        """Those that are in use: of logits, and of each tap's maps where they are asked for."""
+        return [self._logits, *self._maps] if self._logits is not None else []
 
     def enter(self, keys: Keys, samples: int, again: bool) -> None:
         """Begin a stage. samples: of the split; again: whether its draws come again.
@@ -127,7 +128,7 @@ class CachedTeacher:
         if self.mode == "off":
             return
         self._logits = Store(self.folder, keys.logits, samples, again)
-        self._maps = None if keys.maps is None else Store(self.folder, keys.maps, samples, again)
+        self._maps = [Store(self.folder, each, samples, again) for each in keys.maps]
 
     def look(self, draw: int) -> None:
         """See what others have written of a draw by now."""
@@ -137,9 +138,11 @@ class CachedTeacher:
 
     def complete(self, wanted: Wanted) -> bool:
         """Whether all that is wanted is on the disk, as far as is known."""
+        assert self._logits is not None
         maps = wanted.ids[: wanted.aligned]
-        asked = [(self._logits, wanted.ids if wanted.logits else wanted.ids[:0]), (self._maps, maps)]
-        return all(store is None or store.has(wanted.draw, ids).all() for store, ids in asked)
+        return (not wanted.logits or bool(self._logits.has(wanted.draw, wanted.ids).all())) and all(
+            store.has(wanted.draw, maps).all() for store in self._maps
+        )
 
     def flush(self) -> None:
         """Return when all that was computed is on the disk, or given up."""
@@ -166,14 +169,12 @@ class CachedTeacher:
             return
         todo, lead = iter(wanted), max(4, 2 * threads)
         with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="irkd-cache") as pool:
-            ready = collections.deque(
-                pool.submit(self._read, w) for w, _ in zip(todo, range(lead), strict=False)
-            )
+            ready = collections.deque(pool.submit(self._read, w) for w in itertools.islice(todo, lead))
             try:
                 for batch in batches:
                     started = time.perf_counter()
                     self._now = ready.popleft().result()
-                    ready.extend(pool.submit(self._read, w) for w, _ in zip(todo, range(1), strict=False))
+                    ready.extend(pool.submit(self._read, w) for w in itertools.islice(todo, 1))
                     self.counts.wait_s += time.perf_counter() - started
                     yield batch
             finally:
@@ -181,7 +182,8 @@ class CachedTeacher:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, wanted: Wanted) -> tuple[_Kept, _Kept]:
-        logits = _kept(self._logits, wanted.draw, wanted.ids) if wanted.logits else _NOTHING
+        assert self._logits is not None
+        logits = _kept([self._logits], wanted.draw, wanted.ids) if wanted.logits else _NOTHING
         return logits, _kept(self._maps, wanted.draw, wanted.ids[: wanted.aligned])
 
     def __call__(
@@ -278,22 +280,28 @@ class CachedTeacher:
     def _keep(self, draw: int, ids: np.ndarray, said: Targets) -> None:
         if self.writer is None or self.writer.stopped or said.logits is None:
             return
-        stores, forms = (self._logits, self._maps), FORMS[self._storage]
-        for store, parts, form in zip(stores, ([said.logits], said.maps), forms, strict=True):
-            if store is None or not parts:
-                continue
+        logits, maps = FORMS[self._storage]
+        answers = zip(
+            self.stores, [(said.logits, logits), *((m, maps) for m in said.maps or ())], strict=False
+        )
+        for store, (values, form) in answers:
             free = store.claim(draw, ids)
             if free.any():
-                own = torch.from_numpy(np.flatnonzero(free)).to(said.logits.device)
-                self.writer.put(store, form, draw, ids[free], [p[own] for p in parts])
+                own = torch.from_numpy(np.flatnonzero(free)).to(values.device)
+                self.writer.put(store, form, draw, ids[free], [values[own]])
 
 
-def _kept(store: Store | None, draw: int, ids: np.ndarray) -> _Kept:
-    if store is None or not len(ids):
+def _kept(stores: list[Store], draw: int, ids: np.ndarray) -> _Kept:
+    """What all of the stores have of the samples."""
+    if not stores or not len(ids):
         return _NOTHING
-    ids = np.unique(ids)
-    found, parts = store.read(draw, ids)
-    return _Kept(ids[found], parts) if found.any() else _NOTHING
+    ids, parts = np.unique(ids), []
+    for store in stores:
+        found, values = store.read(draw, ids)
+        if not found.any():
+            return _NOTHING
+        ids, parts = ids[found], [p[found] for p in parts] + values
+    return _Kept(ids, parts)
 
 
 def _assemble(

@@ -55,7 +55,7 @@ def describe(folder: Path) -> Iterator[str]:
                 f"{k} {v}" for k, v in (augment or {}).items() if v not in (0, 0.0, None, False)
             )
             full = f", teacher at {values['view.full']} px" if values.get("view.full") else ""
-            taps = f"; {values['method']} at {', '.join(values['taps'])}" if "method" in values else ""
+            taps = f"; {values['method']} at {values['tap']}" if "method" in values else ""
             yield f"  teacher {model.get('name')} {str(values.get('weights'))[:8]}, {values.get('precision')}{taps}"
             yield (
                 f"  data {values.get('data')} at {values.get('view.resolution')} px{full}, seed "

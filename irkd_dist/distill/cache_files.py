@@ -162,6 +162,24 @@ def check_key(folder: Path, key: str, values: dict[str, Any]) -> None:
         )
 
 
+def near(folder: Path, values: dict[str, Any], machine: tuple[str, ...]) -> list[str]:
+    """What to say of keys that are these values' but for the last bits, where nothing is kept for the values yet."""
+    if shards_of(folder / digest(values)):
+        return []
+    told = []
+    for file in sorted(folder.glob(f"*/{KEY}")):
+        known = read_json(file)
+        if not isinstance(known, dict) or known.keys() != values.keys() or not shards_of(file.parent):
+            continue
+        differs = [k for k in known if known[k] != values[k]]
+        if differs and {*differs} <= {*machine}:
+            what = ", ".join(f"{k}={known[k]!r} instead of {values[k]!r}" for k in differs)
+            told.append(
+                f"answers are kept that were computed with {what}; they differ in their last bits, so not used"
+            )
+    return told
+
+
 def check_cache(folder: Path, create: bool = True) -> None:
     """Make sure that a folder is a cache of this format, or may become one.
 
@@ -181,7 +199,9 @@ def check_cache(folder: Path, create: bool = True) -> None:
     if not create or (folder.exists() and not _may_become_one(folder)):
         if file.is_file():  # another process has just made it
             return check_cache(folder)
-        advice = "name an empty or a new folder" if create else "irkd teach, or training with mode=auto, makes one"
+        advice = (
+            "name an empty or a new folder" if create else "irkd teach, or training with mode=auto, makes one"
+        )
         raise UserError(f"{folder} is no teacher cache: it has no {CACHE}; {advice}")
     try:
         folder.mkdir(parents=True, exist_ok=True)

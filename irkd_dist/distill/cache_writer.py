@@ -101,8 +101,8 @@ class Writer:
 
     def _write(self, store: Store, draw: int) -> None:
         """A shard of what is buffered and nobody else has written meanwhile."""
-        _, buffer = self._buffers.pop((store.key, draw))
-        if self.stopped:
+        _, buffer = self._buffers.pop((store.key, draw), (store, None))
+        if self.stopped or buffer is None:
             return
         store.look(draw)
         ids, rows = np.concatenate(buffer.ids), np.concatenate(buffer.rows)

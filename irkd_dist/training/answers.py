@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from irkd_dist.training.tracking import Tracker
 
 
+MACHINE = ("chunk", "torch", "machine", "threads", "fused_attention")  # of a key: what decides the last bits
+
+
 def cached(config: Config, engine: Engine, teacher: Teacher | None) -> CachedTeacher | None:
     """The teacher with its cache, if it has one. Raises UserError for a folder that is something else."""
     if teacher is None or config.teacher is None or config.teacher.cache.folder is None:
@@ -47,16 +50,20 @@ def cached(config: Config, engine: Engine, teacher: Teacher | None) -> CachedTea
     return CachedTeacher(teacher, folder, spec.mode, spec.storage, spec.chunk, limit, together)
 
 
-def enter(parts: Parts, stage: int, loader: Loader) -> None:
-    """Let the cache serve a stage, whose teacher is loaded; and write down that it serves this run."""
+def enter(parts: Parts, stage: int, loader: Loader) -> list[str]:
+    """Let the cache serve a stage, whose teacher is loaded; and write down that it serves this run.
+
+    Returns what the user should know: answers are there that another machine has computed, or another number of threads.
+    """
     answers, config = parts.answers, parts.config
     if answers is None or answers.mode == "off":
-        return
+        return []
     found = keys(parts, stage, loader)
     answers.enter(found, parts.manifest.splits["train"], config.augment.draws is not None)
     if parts.engine.main:
         for store in answers.stores:
             cache_files.note_use(answers.folder, store.key, str(runs.folder_of(config).resolve()))
+    return [f"{answers.folder}: {text}" for text in cache_files.near(answers.folder, found.logits, MACHINE)]
 
 
 def keys(parts: Parts, stage: int, loader: Loader) -> Keys:
@@ -83,9 +90,11 @@ def keys(parts: Parts, stage: int, loader: Loader) -> Keys:
             if device.type == "cuda"
             else torch.backends.cpu.get_cpu_capability()
         )
-        common |= {"chunk": spec.chunk, "torch": torch.__version__, "machine": kind, "fused_attention": fused}
-    maps = {**common, "answer": "maps", "method": saliency.method, "taps": teacher.paths}
-    return Keys({**common, "answer": "logits"}, maps if saliency.gamma > 0 else None)
+        threads = None if device.type == "cuda" else torch.get_num_threads()
+        common |= {"chunk": spec.chunk, "torch": torch.__version__, "machine": kind, "threads": threads}
+        common["fused_attention"] = fused
+    maps = [{**common, "answer": "maps", "method": saliency.method, "tap": path} for path in teacher.paths]
+    return Keys({**common, "answer": "logits"}, maps if saliency.gamma > 0 else [])
 
 
 def steps(
@@ -173,5 +182,5 @@ def weights_digest(model: nn.Module) -> str:
     result = hashlib.sha256()
     for value in model.state_dict().values():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
-        result.update(whole.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        result.update(whole.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return result.hexdigest()

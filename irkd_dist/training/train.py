@@ -198,7 +198,7 @@ def _enter(run: Run, loader: Loader, skill: float) -> _Stage:
         run_steps=sum(s.epochs * sampler.steps_per_epoch(len(loader), s.batch) for s in parts.plan.stages),
     )
     restore.load_stage_teacher(parts, number)
-    answers.enter(parts, number, loader)
+    notes = answers.enter(parts, number, loader)
     if position.stage_step == 0 and parts.plan.policy == "reset":
         faults.inject("reset", position.step, engine.rank)
         engine.reset_moments()
@@ -216,7 +216,7 @@ def _enter(run: Run, loader: Loader, skill: float) -> _Stage:
             "precision": str(engine.autocast), "threads": torch.get_num_threads(), "torch": torch.__version__,
         },
     )  # fmt: skip
-    for note in loader.notes:
+    for note in (*loader.notes, *notes):
         run.tracker.say(note)
     now = time.perf_counter()
     run.tracker.event(
