@@ -53,7 +53,7 @@ def cached(config: Config, engine: Engine, teacher: Teacher | None) -> CachedTea
 def enter(parts: Parts, stage: int, loader: Loader) -> list[str]:
     """Let the cache serve a stage, whose teacher is loaded; and write down that it serves this run.
 
-    Returns what the user should know: answers are there that another machine has computed, or another number of threads.
+    Returns what the user should know: another machine, or another number of threads, has computed what is there.
     """
     answers, config = parts.answers, parts.config
     if answers is None or answers.mode == "off":
