@@ -144,6 +144,11 @@ class CachedTeacher:
             store.has(wanted.draw, maps).all() for store in self._maps
         )
 
+    def write_soon(self) -> None:
+        """Write what was computed, without waiting for it."""
+        if self.writer is not None:
+            self.writer.write_soon()
+
     def flush(self) -> None:
         """Return when all that was computed is on the disk, or given up."""
         if self.writer is not None:

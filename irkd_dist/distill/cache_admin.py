@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Iterator
@@ -95,9 +96,10 @@ def prune(folder: Path, older_than_days: float | None, keep_gib: float | None) -
     """
     known, now = entries(folder), time.time()
     for file in folder.rglob(f"{cache_shards.WRITING}*"):
-        if now - file.stat().st_mtime > LEFT_OVER_S:
-            file.unlink(missing_ok=True)
-            yield f"removed {file}: left by a process that was killed"
+        with contextlib.suppress(FileNotFoundError):  # it is whole by now
+            if now - file.stat().st_mtime > LEFT_OVER_S:
+                file.unlink()
+                yield f"removed {file}: left by a process that was killed"
     total = sum(e.bytes for e in known)
     for entry in reversed(known):
         old = older_than_days is not None and now - entry.used > 86400 * older_than_days

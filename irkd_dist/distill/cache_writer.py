@@ -50,6 +50,11 @@ class Writer:
             store.layout = Layout(tuple(p.shape[1] for p in parts), form)
         self._queue.put((store, draw, ids, parts))
 
+    def write_soon(self) -> None:
+        """Write what was put, without waiting for it."""
+        if self._thread.is_alive():
+            self._queue.put(threading.Event())
+
     def flush(self) -> None:
         """Return when all that was put is on the disk, or given up. Raises what the thread has raised."""
         if self._thread.is_alive():

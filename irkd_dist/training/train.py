@@ -111,6 +111,8 @@ def _train_epoch(run: Run, stage: _Stage, loader: Loader, update: Any) -> bool:
             run.log(means, images, elapsed, lr, answers.counted(parts, elapsed), update)
             logged, logged_at = sums.clone(), time.perf_counter()
         if due and not last and (run.asked or not run.position.skipped):
+            if parts.answers is not None:
+                parts.answers.write_soon()  # a resumed run does not ask for what lies before its checkpoint
             saving.save(run, sums=distributed.total(engine, sums), seconds=seconds)
             if run.asked:
                 saving.stop(run)

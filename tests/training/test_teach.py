@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from irkd_dist import config, faults
 from irkd_dist.distill import cache_admin, cache_files, cache_shards
+from irkd_dist.distill.module import Targets
+from irkd_dist.distill.teacher import Teacher
 from irkd_dist.errors import UserError
 from irkd_dist.teach import teach
 from irkd_dist.training.tracking import read_events
@@ -180,6 +182,49 @@ def test_killed_while_it_writes(student_yaml: Path, trained: Trained, cache: str
     assert same(without, warm)
     assert asked(warm) == (440, 0)
     assert cache_admin.verify(tmp_path / "cache") == []
+
+
+def test_resumed_in_the_middle_of_an_epoch(
+    student_yaml: Path, trained: Trained, cache: str, tmp_path: Path
+) -> None:
+    command = ["train", str(student_yaml), "name=killed", "checkpoint.every_steps=3", cache]
+    irkd(*command, env={"IRKD_FAULT": "sigkill@step:7"}, check=False)
+    irkd(*command)
+    assert same(trained(), tmp_path / "killed")
+    assert asked(trained(cache)) == (440, 0)
+
+
+def test_a_teacher_that_is_spread_over_processes(student_yaml: Path, cache: str) -> None:
+    """Its processes compute together: one that finds all of its samples computes along with one that does not."""
+    out, settings = student_yaml.parent, [*ONE, "teacher.shard=true", "loss.saliency.fraction=0.5"]
+    irkd("train", str(student_yaml), "name=without", *settings, world=2)
+    irkd("train", str(student_yaml), "name=first", *settings, "fixed.epochs=1", cache, world=2)
+    for path in shards(out)[1::2]:  # of each key, what one of the processes has written
+        path.unlink()
+    irkd("train", str(student_yaml), "name=with", *settings, cache, world=2)
+    assert same(out / "without", out / "with")
+    hits, misses = asked(out / "with")
+    assert hits
+    assert misses > 110
+
+
+def test_the_teacher_computes_chunks_of_one_size(
+    trained: Trained, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, call = set(), Teacher.__call__
+
+    def watched(
+        self: Teacher, images: torch.Tensor, target: torch.Tensor, *rest: Any, **named: Any
+    ) -> Targets:
+        if rest:  # else pre-flight and panels
+            seen.add((len(images), *rest))
+        return call(self, images, target, *rest, **named)
+
+    monkeypatch.setattr(Teacher, "__call__", watched)
+    some = [*ONE, "loss.saliency.fraction=0.3", "teacher.cache.chunk=9"]
+    trained(*some, cache)
+    trained(*some, cache, "fixed.epochs=3", "teacher.cache.mode=off")
+    assert seen == {(9, 9), (9, 0)}
 
 
 def test_two_runs_at_once(student_yaml: Path, trained: Trained, cache: str, tmp_path: Path) -> None:
