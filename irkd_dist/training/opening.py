@@ -61,11 +61,24 @@ class Run:
         if self.parts.config.track.samples:  # not else: it waits for the device
             self.seen[step] = [i for b in batches for i in b.ids[(b.weight > 0).cpu().numpy()].tolist()]
 
-    def log(self, means: dict[str, float], images: int, seconds: float, lr: float, update: Any) -> None:
+    def log(
+        self,
+        means: dict[str, float],
+        images: int,
+        seconds: float,
+        lr: float,
+        cache: dict[str, float],
+        update: Any,
+    ) -> None:
         """Write down the steps since the last line."""
         step, state = self.position.step, self.position.curriculum
         self.watch.step = step
-        rates = {"images_per_s": images / seconds, "data_wait": means.pop("wait_s") / seconds, "lr": lr}
+        rates = {
+            "images_per_s": images / seconds,
+            "data_wait": means.pop("wait_s") / seconds,
+            "lr": lr,
+            **cache,
+        }
         if images:
             timing = {"seconds": round(seconds, 4), **rates}
             self.tracker.event("train", step, stage=state.stage, **means, **timing)
@@ -149,6 +162,8 @@ def _folder_opened(
             if engine.main:
                 tracker.written(run.writer)
         finally:
+            if parts.answers is not None:
+                parts.answers.close()
             run.writer.close()
             tracker.written(run.writer)
             tracker.close()

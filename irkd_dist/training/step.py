@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from irkd_dist import faults
 from irkd_dist.config import Optim, Saliency
 from irkd_dist.data.loader import Batch
+from irkd_dist.distill.cache import CachedTeacher
 from irkd_dist.distill.module import Targets
 from irkd_dist.distill.teacher import Teacher
 from irkd_dist.training import curriculum, guard, optim, virtual
@@ -51,7 +52,9 @@ def take(parts: Parts, batches: list[Batch], alpha: float, gamma: float, step: i
     for i, (rank, part, piece) in enumerate(pieces):
         torch.manual_seed(virtual.seed(config.seed, step, rank, part))
         with engine.micro_batch(last=i == len(pieces) - 1):
-            made = forward(parts.module, parts.teacher, config.loss.saliency, piece, alpha, gamma, step)
+            made = forward(
+                parts.module, parts.answers or parts.teacher, config.loss.saliency, piece, alpha, gamma, step
+            )
             if (
                 several
             ):  # a batch's weights make the mean over slices; the engine takes the one over processes
@@ -95,7 +98,7 @@ def parts(batch: Batch, count: int) -> list[Batch]:
 
 def forward(
     module: nn.Module,
-    teacher: Teacher | None,
+    teacher: Teacher | CachedTeacher | None,
     spec: Saliency,
     batch: Batch,
     alpha: float,
@@ -125,7 +128,10 @@ def forward(
     targets = Targets()
     if teacher is not None:
         images = batch.images if batch.full is None else batch.full
-        targets = teacher(images, target, aligned, logits=alpha > 0)
+        if isinstance(teacher, CachedTeacher):
+            targets = teacher(images, target, batch.ids, batch.draw, aligned, logits=alpha > 0)
+        else:
+            targets = teacher(images, target, aligned, logits=alpha > 0)
     scale = batch.size / chosen if chosen else 1.0
     return module(batch.images, target, batch.weight, targets, alpha, gamma if chosen else 0.0, scale)
 
