@@ -64,7 +64,7 @@ class Run:
     def log(self, means: dict[str, float], images: int, seconds: float, lr: float, update: Any) -> None:
         """Write down the steps since the last line."""
         step, state = self.position.step, self.position.curriculum
-        self.watch.step = step
+        self.tracker.written(self.writer)
         rates = {"images_per_s": images / seconds, "data_wait": means.pop("wait_s") / seconds, "lr": lr}
         if images:
             timing = {"seconds": round(seconds, 4), **rates}
@@ -96,6 +96,7 @@ def opened(config: Config, owns_process: bool, extend: bool) -> Iterator[Run]:
             engine.autocast = restore.precision(engine, config, content.state)
             parts = build.build(config, engine)
             resumed = restore.resume(parts, content, skipped, extend)
+            del content  # it would stay in memory as long as the run
             reached = resumed.position.step
             with _folder_opened(parts, folder, resumed, requests, watch, started) as run:
                 yield run

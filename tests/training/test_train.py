@@ -509,3 +509,8 @@ def test_decisions_are_events_with_all_they_decide(student_yaml: Path) -> None:
         "action": "advance", "stage": 1, "resolution": 16, "batch": 32, "lr": 3e-4, "policy": "reset", "reload": None,
     }  # fmt: skip
     assert all("seconds" in e and "agreement_s" in e for e in of(events, "stage"))
+
+
+def test_evaluate_measures_the_whole_split_whatever_stages_were_judged_by(student_yaml: Path) -> None:
+    folder, _ = run(student_yaml, "data.val_subset=5", "curriculum.epochs=1")
+    assert evaluate.evaluate(folder, split="val")["samples"] == 13
