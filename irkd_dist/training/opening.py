@@ -138,7 +138,11 @@ def _folder_opened(
     decisions = runfolder.read_decisions(folder, build.config_digest(config)) if engine.main else {}
     # one that counts on a best which is gone is taken anew
     gone = {text.partition(": ")[0] for text in resumed.lost}
-    decisions = {at: d for at, d in decisions.items() if d["state"].get("best_checkpoint") not in gone}
+    decisions = {
+        at: d
+        for at, d in decisions.items()
+        if not gone & {d["state"].get("best_checkpoint"), d["decision"].get("reload")}
+    }
     with SampleLog(folder, engine.rank, started, position.step, track.samples) as samples:
         exchange = guard.Exchange(engine)
         run = Run(

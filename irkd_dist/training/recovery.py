@@ -68,6 +68,7 @@ def _go_back(run: Run, skipped: tuple[int, ...], otherwise: str) -> None:
     if position.stage_step == 0 and run.parts.plan.policy == "reset":
         engine.reset_moments()  # as at each start of a stage: its checkpoint is from before
     run.position = replace(position, skipped=(), left_out=skipped)
+    run.decisions = {at: d for at, d in run.decisions.items() if at <= position.step}
     run.samples.go_on_from(position.step)
     run.tracker.event("rollback", position.step, checkpoint=name, left_out=list(skipped))
     run.tracker.say(
