@@ -35,7 +35,7 @@ def demo(out: Path) -> None:
         owns_process=True,
     )
     console.print("[bold]4. The same student without a teacher")
-    baseline = train(configuration.load("configs/demo/baseline.yaml", common))
+    baseline = train(configuration.load("configs/demo/baseline.yaml", common), owns_process=True)
 
     console.print("[bold]5. Measuring and reporting")
     result = evaluate.evaluate(Path(student["run"]))

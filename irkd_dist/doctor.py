@@ -387,7 +387,7 @@ def _step(job: build.Parts, number: int) -> str:
         batch = next(iter(held_out.batches(0)))
         measure.correct_and_count(job.student, [batch], engine.autocast)
         panels.show(job, held_out, job.plan.stages[number].resolution)
-    taps = bookends.probe_taps(job, number)
+    taps, _ = bookends.probe_taps(job, number)
     peak, kind = _peak(engine)
     slowest = _slowest(engine, seconds)
     text = f"{slowest:.3f} s, {size / slowest:,.0f} images/s, peak {peak / GIB:.2f} GiB {kind} a process"

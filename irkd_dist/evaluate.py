@@ -61,6 +61,7 @@ def evaluate(
     network = networks.load(path, which)
     config = configuration.from_dict(network.state["config"], str(network.folder / runfolder.STATE))
     config = replace(config, engine="ddp")  # whatever trained it: nothing is stepped here
+    config = replace(config, data=replace(config.data, val_subset=None))  # the whole split
     if data is not None:
         config = replace(config, data=replace(config.data, shards=data))
     manifest = shards.load_manifest(Path(config.data.shards))

@@ -391,9 +391,17 @@ def read_events(run: Path) -> list[Event]:
 
 
 def read_decisions(run: Path, config: str) -> dict[int, Event]:
-    """Decisions that were written down under the configuration of this digest, by step, whatever was resumed since."""
-    events = read_log(run).events if (run / EVENTS).exists() else []
-    return {e["step"]: e for e in events if e["event"] == "decision" and e["config"] == config}
+    """Decisions that were written down under the configuration of this digest, by step, whatever was resumed since.
+
+    Those that a roll-back went behind were of batches that are left out now.
+    """
+    events, found = read_log(run).events if (run / EVENTS).exists() else [], dict[int, Event]()
+    for e in events:
+        if e["event"] == "rollback":
+            found = {step: kept for step, kept in found.items() if step <= e["step"]}
+        elif e["event"] == "decision" and e["config"] == config:
+            found[e["step"]] = e
+    return found
 
 
 def open_log(file: Path) -> Any:

@@ -188,3 +188,11 @@ def test_names_say_what_they_mean(tmp_path: Path) -> None:
 
 def test_what_a_terminal_would_obey_is_written_out() -> None:
     assert runfolder.printable("a\x1b[2Jb\0\udcffü[red]") == "a\\x1b[2Jb\\x00\\udcffü[red]"
+
+
+def test_a_roll_back_takes_decisions_back_and_a_restart_does_not(tmp_path: Path) -> None:
+    told = [("decision", 4), ("decision", 8), ("resume", 2), ("decision", 12), ("rollback", 8)]
+    more = {"time": 1.0, "config": "c", "state": {}, "decision": {}}
+    lines = [runfolder.event_line({"event": kind, "step": step, **more}) for kind, step in told]
+    (tmp_path / runfolder.EVENTS).write_bytes(b"".join(lines))
+    assert list(runfolder.read_decisions(tmp_path, "c")) == [4, 8]

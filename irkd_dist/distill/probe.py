@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from irkd_dist.distill import saliency
@@ -106,18 +108,15 @@ def complaint(probed: list[Probed], student: nn.Module, teacher: nn.Module, reso
     return f"saliency.taps at {resolution} px: {reasons}; {advice}"
 
 
-def check(probed: list[Probed], student: nn.Module, teacher: nn.Module, resolution: int) -> str:
-    """The line that names a stage's flat and void taps, empty if there are none.
-
-    Raises:
-        UserError: a map is not finite, or no pair of taps has a map to align.
-    """
-    line = complaint(probed, student, teacher, resolution)
-    if any(p.verdict == "not finite" for p in probed) or (
-        probed and all(p.verdict != "fine" for p in probed)
-    ):
-        raise UserError(line)
-    return line
+def shaken(model: nn.Module) -> nn.Module:
+    """A copy with noise on every weight: what is flat in it too is flat by the model's shape, whatever it learns."""
+    other = copy.deepcopy(model)
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            drawn = torch.randn(parameter.shape, generator=noise).to(parameter.device, parameter.dtype)
+            parameter.add_(0.1 * drawn)
+    return other
 
 
 def _would_work(model: nn.Module, wrong: list[str], resolution: int) -> str:

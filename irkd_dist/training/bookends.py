@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from irkd_dist import runfolder
 from irkd_dist.distill import methods, probe
 from irkd_dist.distill.models import parameter_count
 from irkd_dist.distill.teacher import Teacher, competence
+from irkd_dist.errors import UserError
 from irkd_dist.training import build, distributed, metrics, restore
 from irkd_dist.training.build import Parts
 from irkd_dist.training.position import Position
@@ -165,40 +166,58 @@ def probe_teacher(parts: Parts, folder: Path, tracker: Tracker, position: Positi
 
 
 def probe_stages(parts: Parts, tracker: Tracker, position: Position) -> None:
-    """Say which taps of the stages to come have no map to align.
+    """Say which taps of the stages to come have no map to align: the saliency term is 0 there.
 
     Raises:
-        UserError: a stage has none at all: now, not when it is reached.
+        UserError: no stage has any: now, not when it is reached.
     """
-    for number in range(position.curriculum.stage, 0 if position.finished else len(parts.plan.stages)):
-        if line := probe_taps(parts, number):
-            tracker.event("taps", position.step, stage=number, found=line)
-            tracker.say(f"warning: {line}")
+    stages = range(position.curriculum.stage, 0 if position.finished else len(parts.plan.stages))
+    found = [(number, *probe_taps(parts, number)) for number in stages]
+    if found and all(dead for _, _, dead in found):
+        raise UserError(
+            "; ".join(line for _, line, _ in found[:1]) + " (in no stage is there a map to align)"
+        )
+    for number, line, dead in found:
+        if line:
+            what = "; no tap of this stage has a map, so its saliency term is 0" if dead else ""
+            tracker.event("taps", position.step, stage=number, found=line, dead=dead)
+            tracker.say(f"warning: {line}{what}")
 
 
-def probe_taps(parts: Parts, number: int) -> str:
-    """Judge the taps of a stage on some held-out images; returns what is wrong with some of them, or nothing.
+def probe_taps(parts: Parts, number: int) -> tuple[str, bool]:
+    """What is wrong with taps of a stage, in one line, and whether none of them will ever have a map to align.
+
+    They are judged on some held-out images. A student whose map is flat only because of the weights it starts with
+    (residual branches that begin at zero) is named, and not given up.
 
     Raises:
-        UserError: none of them has a map to align, or one is not finite; it names what would work.
+        UserError: a map or the logits are not finite.
     """
-    config, engine, stage = parts.config, parts.engine, parts.plan.stages[number]
+    config, engine, stage, teacher = parts.config, parts.engine, parts.plan.stages[number], parts.teacher
     inner = methods.inner_gradient(config.loss.saliency.method)
-    if parts.teacher is None or not config.loss.saliency.gamma or (engine.no_inner_gradient and inner):
-        return ""
-    split = build.held_out(parts.manifest)
-    with build.evaluation_loader(config, parts.manifest, engine, split, stage.resolution) as loader:
-        rows = np.arange(min(len(loader), PROBED))
-        images, labels = loader.pick(rows)
-    view = images
-    if build.full_view(config):
-        with build.evaluation_loader(
-            config, parts.manifest, engine, split, stage.resolution, full=True
-        ) as loader:
-            view, _ = loader.pick(rows)
+    if teacher is None or not config.loss.saliency.gamma or (engine.no_inner_gradient and inner):
+        return "", False
+    images, labels = _some(parts, stage.resolution, full=False)
+    view = _some(parts, stage.resolution, full=True)[0] if build.full_view(config) else images
     restore.load_stage_teacher(parts, number)
-    found = probe.probe(parts.tapped, parts.teacher, images, labels, view)
-    return probe.check(found, parts.student, parts.teacher.model, stage.resolution)
+    found = probe.probe(parts.tapped, teacher, images, labels, view)
+    shaken = found
+    if engine.replicated and any(p.role == "student" and p.verdict == "flat" for p in found):
+        other = replace(parts.tapped, model=probe.shaken(parts.student))
+        shaken = probe.probe(other, teacher, images, labels, view)
+    line = probe.complaint(found, parts.student, teacher.model, stage.resolution)
+    if any(p.verdict == "not finite" for p in found):
+        raise UserError(line)
+    return line, bool(found) and all(p.verdict != "fine" for p in shaken)
+
+
+def _some(parts: Parts, resolution: int, full: bool) -> tuple[Tensor, Tensor]:
+    """The first held-out images and their labels, the same on every process."""
+    split = build.held_out(parts.manifest)
+    with build.evaluation_loader(
+        parts.config, parts.manifest, parts.engine, split, resolution, full
+    ) as loader:
+        return loader.pick(np.arange(min(len(loader), PROBED)))
 
 
 def _recorded(folder: Path, facts: dict[str, Any]) -> list[float] | None:

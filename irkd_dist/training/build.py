@@ -84,7 +84,7 @@ def build(config: Config, engine: Engine) -> Parts:
         taps = [s.path for s, _ in pairs]
         teacher = _teacher(config, engine, network, manifest, [t.path for _, t in pairs])
         folders = _teacher_folders(config, stages, network.folder, notes)
-        teacher_digest = _digests(folders) if of_run else teacher_digest
+        teacher_digest = restore.teachers_digest(folders) if of_run else teacher_digest
     method = config.loss.saliency.method
     second_order = config.loss.saliency.gamma > 0 and methods.inner_gradient(method)
     if second_order or engine.device.type == "cpu":
@@ -292,8 +292,3 @@ def _aligned(run: Path, count: int) -> list[Path]:
     last = max(found)
     nearest = [min(found, key=lambda step, i=i: abs(step - last * (i + 1) / count)) for i in range(count)]
     return [found[step] for step in nearest]
-
-
-def _digests(folders: list[Path | None]) -> str:
-    states = [checkpoint.load_state(f)["sha256"][checkpoint.STUDENT] if f else None for f in folders]
-    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore  # torch.distributed exports it without a type
@@ -264,15 +265,17 @@ class Zero(Engine):
         before = {k: _to_cpu(v) for k, v in distiller.student.state_dict().items()}
         alone = "LOCAL_RANK" not in os.environ  # a single process without a launcher; DeepSpeed asks for it
         os.environ.setdefault("LOCAL_RANK", "0")
-        with _without_launchers_choices():
-            self._deepspeed, *_ = deepspeed.initialize(
-                model=distiller,
-                optimizer=self.optimizer,
-                dist_init_required=False,
-                config=self._settings,
-            )
-        if alone:
-            del os.environ["LOCAL_RANK"]
+        try:
+            with _without_launchers_choices():
+                self._deepspeed, *_ = deepspeed.initialize(
+                    model=distiller,
+                    optimizer=self.optimizer,
+                    dist_init_required=False,
+                    config=self._settings,
+                )
+        finally:
+            if alone:
+                del os.environ["LOCAL_RANK"]
         if self._stage > 0:
             self._check_state(before)
         return self._deepspeed
@@ -317,8 +320,8 @@ class Zero(Engine):
 
     def _norm(self) -> Tensor:
         inner = self._deepspeed.optimizer
-        if self._stage == 0:
-            return super()._norm()
+        if self._stage == 0:  # summed already; DeepSpeed clips them
+            return nn.utils.get_total_norm([p.grad for p in self.student.parameters() if p.grad is not None])
         parts = [g for group in inner.averaged_gradients.values() for g in group or () if g is not None]
         norm = nn.utils.get_total_norm(parts).to(self.device)  # of this process's part
         if self.world > 1:
@@ -336,6 +339,11 @@ class Zero(Engine):
         inner.zero_grad(set_to_none=True)
         inner.averaged_gradients = {} if self._stage == 3 else dict.fromkeys(inner.averaged_gradients)
         inner.micro_step_id = 0 if self._stage == 3 else -1
+
+    def finish(self) -> None:
+        if self.owns_group:
+            import_deepspeed().utils.groups._WORLD_GROUP = None  # its copy of the group that ends here
+        super().finish()
 
     def weights(self) -> dict[str, Tensor]:
         if self._stage < 3:
@@ -460,6 +468,12 @@ def setup(config: Config) -> Engine:
     # without the backend's name accelerate may leave each CPU process believing that it is alone
     backend = "nccl" if cuda else "gloo"
     handlers: list[Any] = []
+    if announced > 1 and owns_group and PartialState._shared_state:
+        # the store has the addresses of the group that ended: a second one of the same name may read those
+        raise Passing(
+            "this process has been in a run of several processes, whose process group has ended: for one run after "
+            "the other call torch.distributed.init_process_group before the first; it is left as it is"
+        )
     if announced > 1 and owns_group:
         handlers = [InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)]
     with _without_launchers_choices():

@@ -72,7 +72,7 @@ class Run:
     ) -> None:
         """Write down the steps since the last line."""
         step, state = self.position.step, self.position.curriculum
-        self.watch.step = step
+        self.tracker.written(self.writer)
         rates = {
             "images_per_s": images / seconds,
             "data_wait": means.pop("wait_s") / seconds,
@@ -109,6 +109,7 @@ def opened(config: Config, owns_process: bool, extend: bool) -> Iterator[Run]:
             engine.autocast = restore.precision(engine, config, content.state)
             parts = build.build(config, engine)
             resumed = restore.resume(parts, content, skipped, extend)
+            del content  # it would stay in memory as long as the run
             reached = resumed.position.step
             with _folder_opened(parts, folder, resumed, requests, watch, started) as run:
                 yield run
@@ -150,7 +151,11 @@ def _folder_opened(
     decisions = runfolder.read_decisions(folder, build.config_digest(config)) if engine.main else {}
     # one that counts on a best which is gone is taken anew
     gone = {text.partition(": ")[0] for text in resumed.lost}
-    decisions = {at: d for at, d in decisions.items() if d["state"].get("best_checkpoint") not in gone}
+    decisions = {
+        at: d
+        for at, d in decisions.items()
+        if not gone & {d["state"].get("best_checkpoint"), d["decision"].get("reload")}
+    }
     with SampleLog(folder, engine.rank, started, position.step, track.samples) as samples:
         exchange = guard.Exchange(engine)
         run = Run(

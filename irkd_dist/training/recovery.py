@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from irkd_dist import checkpoint
 from irkd_dist.errors import UserError
 from irkd_dist.training import distributed, restore
 from irkd_dist.training.guard import Flags
@@ -60,10 +61,14 @@ def _go_back(run: Run, skipped: tuple[int, ...], otherwise: str) -> None:
     if name is None:
         raise UserError(otherwise)
     restore.load(engine, content)
-    position = restore.place(engine, content.state)
+    lost = distributed.on_main(engine, lambda: checkpoint.missing_bests(run.folder, content.state))
+    for text in lost:
+        run.tracker.say(f"a best checkpoint is lost, and the run goes on without it: {text}")
+    position = restore.without(restore.place(engine, content.state), lost)
     if position.stage_step == 0 and run.parts.plan.policy == "reset":
         engine.reset_moments()  # as at each start of a stage: its checkpoint is from before
     run.position = replace(position, skipped=(), left_out=skipped)
+    run.decisions = {at: d for at, d in run.decisions.items() if at <= position.step}
     run.samples.go_on_from(position.step)
     run.tracker.event("rollback", position.step, checkpoint=name, left_out=list(skipped))
     run.tracker.say(

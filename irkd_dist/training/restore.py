@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from irkd_dist import checkpoint, runfolder
 from irkd_dist import config as configuration
-from irkd_dist.config import Config
+from irkd_dist.config import Config, Stage
 from irkd_dist.distill import models
 from irkd_dist.errors import UserError
 from irkd_dist.training import curriculum, distributed, engines
@@ -67,12 +69,19 @@ def resume(parts: Parts, content: checkpoint.Content, skipped: list[str], extend
     known, own = _known_keys(state["config"]), parts.identity["config"]
     changed = configuration.semantic_difference(known, own)
     extended = [c for c in changed if extend and c.startswith(EXTENDS)]
+    before, same_teacher = _stages(known if extended else own), parts.identity["teacher_digest"]
     if extended:
-        _check_extension(known, own)
+        _check_extension(before, _stages(own))
+        teachers = [stage.teacher for stage in parts.plan.stages[: len(before)]]
+        if None not in teachers:
+            same_teacher = teachers_digest(teachers)  # of the stages that there were
     changed = [c for c in changed if c not in extended]
-    for key, name in (("data_digest", "data"), ("teacher_digest", "teacher")):
+    for key, present, name in (
+        ("data_digest", parts.identity["data_digest"], "data"),
+        ("teacher_digest", same_teacher, "teacher"),
+    ):
         # earlier releases kept no digest of a teacher by name
-        if state[key] != parts.identity[key] and not (state[key] is None and parts.config.teacher):
+        if state[key] != present and not (state[key] is None and parts.config.teacher):
             changed.append(f"{name}: its content is not what the run was started with")
     if changed:
         raise UserError(
@@ -80,11 +89,17 @@ def resume(parts: Parts, content: checkpoint.Content, skipped: list[str], extend
             "Give the run another name (name=...), or restore these"
             + ("" if extend else "; --extend allows more epochs and stages")
         )
-    load(parts.engine, content)
     folder = configuration.folder_of(parts.config)
+    what = "the student, whose position embeddings are made for the largest stage"
+    distributed.on_main(
+        parts.engine, lambda: models.check_weights(parts.engine.shapes, content.student, str(folder), what)
+    )
+    load(parts.engine, content)
     lost = distributed.on_main(parts.engine, lambda: checkpoint.missing_bests(folder, state))
     position = without(place(parts.engine, state), lost)
-    return Resumed(_extended(position, parts) if extended else position, skipped, extended, lost)
+    if extended:
+        position = _extended(position, parts, before)
+    return Resumed(position, skipped, extended, lost)
 
 
 def without(position: Position, lost: list[str]) -> Position:
@@ -187,31 +202,40 @@ def _known_keys(tree: dict[str, Any]) -> dict[str, Any]:
         return tree
 
 
-def _check_extension(before: dict[str, Any], after: dict[str, Any]) -> None:
+def _stages(tree: dict[str, Any]) -> list[tuple[Stage, int]]:
+    """The stages of a configuration, each with its batch."""
+    config = configuration.from_dict(tree, "run")
+    return [(s, configuration.stage_batch(config, s.resolution)) for s in configuration.stages(config)]
+
+
+def _check_extension(old: list[tuple[Stage, int]], new: list[tuple[Stage, int]]) -> None:
     """More may be asked for than before, never less or other: what is trained cannot be taken back."""
-    old, new = (
-        [(s.resolution, s.epochs or 0) for s in configuration.stages(configuration.from_dict(t, "run"))]
-        for t in (before, after)
-    )
     last = len(old) - 1
-    if (
-        len(new) < len(old)
-        or new[:last] != old[:last]
-        or new[last][0] != old[last][0]
-        or new[last] < old[last]
-    ):
+    longer = len(new) > last and (new[last][0].epochs or 0) >= (old[last][0].epochs or 0)
+    same = longer and [*old[:last], (replace(old[last][0], epochs=new[last][0].epochs), old[last][1])]
+    if same != new[: len(old)]:
+        shown = [[(s.resolution, s.epochs, batch) for s, batch in stages] for stages in (old, new)]
         raise UserError(
-            f"--extend: the run has stages (px, epochs) {old}, the configuration has {new}: only the last stage may "
-            "have more epochs, and stages may follow it"
+            f"--extend: the run has stages (px, epochs, batch) {shown[0]}, the configuration has {shown[1]}: only the "
+            "last stage may have more epochs, and stages may follow it; nothing else of a stage may change"
         )
 
 
-def _extended(position: Position, parts: Parts) -> Position:
+def _extended(position: Position, parts: Parts, before: list[tuple[Stage, int]]) -> Position:
     """The position of a run that has more to do than it had; a stage that is done gives way to the one that follows."""
-    position, done = replace(position, finished=False), position.curriculum
-    if done.epoch < parts.plan.stages[done.stage].epochs or position.epoch_step:
+    done, stages = position.curriculum, parts.plan.stages
+    longer = stages[done.stage].epochs > (before[done.stage][0].epochs or 0)
+    if not position.finished or longer:
+        return replace(position, finished=False)
+    if done.stage + 1 == len(stages):  # what was changed makes no difference
         return position
     if parts.plan.start_from == "best" and done.best_checkpoint:
         load_into(parts.engine, configuration.folder_of(parts.config) / done.best_checkpoint)
     state = curriculum.State(stage=done.stage + 1)
-    return replace(position.next_stage(done.best_checkpoint), curriculum=state)
+    return replace(position.next_stage(done.best_checkpoint), curriculum=state, finished=False)
+
+
+def teachers_digest(folders: Sequence[str | Path | None]) -> str:
+    """Of the weights in the stages' teacher checkpoints."""
+    states = [checkpoint.load_state(Path(f))["sha256"][checkpoint.STUDENT] if f else None for f in folders]
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]

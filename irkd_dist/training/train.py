@@ -97,6 +97,7 @@ def _train_epoch(run: Run, stage: _Stage, loader: Loader, update: Any) -> bool:
             flags = run.send(at, taken)
 
         run.position = run.position.advance()
+        run.watch.step = run.position.step
         last = run.position.epoch_step == loader.steps_per_epoch
         due = (
             last or saving.due(parts.config.checkpoint, run.position) or any(f.stop or f.save for f in flags)

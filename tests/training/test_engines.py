@@ -195,3 +195,16 @@ def test_deepspeeds_settings_that_disagree_with_ours_are_refused(
     config = configuration.load(folder / "student.yaml", ["engine=auto"])
     with pytest.raises(UserError, match=message):
         engines.setup(config)
+
+
+@pytest.mark.parametrize(("world", "group"), [(1, "none"), (2, "own")])
+def test_one_run_after_the_other_in_the_same_processes(student_yaml: Path, world: int, group: str) -> None:
+    spawn(world, "tests.training.twice_worker", group, str(student_yaml), "zero1", "ddp", "zero1")
+    runs = [losses(student_yaml.parent / f"run-{i}") for i in range(3)]
+    assert [e["total"] for e in runs[0]] == [e["total"] for e in runs[2]]
+
+
+def test_a_second_run_of_several_processes_without_a_group_is_refused(student_yaml: Path) -> None:
+    done = spawn(2, "tests.training.twice_worker", "none", str(student_yaml), "ddp", "ddp", check=False)
+    assert done.returncode == 1
+    assert "call torch.distributed.init_process_group before the first" in done.stderr

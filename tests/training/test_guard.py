@@ -1,5 +1,6 @@
 """The guard of the gradient, and that nothing inside a step waits for the device."""
 
+import shutil
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from irkd_dist import checkpoint, faults, runfolder
 from irkd_dist import config as configuration
-from irkd_dist.training import guard, metrics, step
+from irkd_dist.training import guard, metrics, restore, step
 from irkd_dist.training.train import train
 
 WAITS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select"}  # the host needs a value
@@ -141,3 +142,22 @@ def test_going_back_to_the_start_of_a_stage_resets_its_moments_too(
     assert [e["checkpoint"] for e in events if e["event"] == "rollback"] == ["step-00000008"]
     told, back = final(student_yaml.parent / "told"), final(student_yaml.parent / "back")
     assert all(torch.equal(back[key], told[key]) for key in told)
+
+
+def test_going_back_to_a_checkpoint_whose_best_is_gone_takes_the_next_best(
+    student_yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, look = student_yaml.parent / "lost", restore.newest
+
+    def without_best(*args, **kwargs):
+        shutil.rmtree(run / "best", ignore_errors=True)
+        return look(*args, **kwargs)
+
+    monkeypatch.setattr(restore, "newest", without_best)
+    monkeypatch.setenv("IRKD_FAULT", "nan@loss:5,nan@loss:6,nan@loss:7")
+    monkeypatch.setattr(faults, "_done", set())
+    only = ["curriculum.stages=[{resolution: 12}]", "optim.max_skips=2"]
+    train(configuration.load(student_yaml, ["name=lost", *only]))
+    assert "the run goes on without it: best/stage-00-step-00000004" in capsys.readouterr().out
+    judged = [e for e in runfolder.read_events(run) if e["event"] == "evaluation"]
+    assert [(e["step"], e["best"]) for e in judged] == [(4, True), (8, True)]

@@ -1,5 +1,6 @@
 """A killed run ends with bitwise the weights of an unbroken one; a changed configuration is refused."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from irkd_dist import checkpoint
+from irkd_dist import config as configuration
+from irkd_dist.errors import UserError
 from irkd_dist.runfolder import read_events
+from irkd_dist.training.train import train
 from tests.training.launch import irkd
 
 # dropout, MixUp and carried moments are on: all of it must come back. 16 steps, the transition after the 8th.
@@ -138,3 +142,53 @@ def test_two_processes_go_on_with_the_epochs_sums(student_yaml: Path) -> None:
     for whole, killed in zip(*told, strict=True):
         assert killed["images"] == whole["images"] == 110
         assert killed["train"]["total"] == pytest.approx(whole["train"]["total"], rel=1e-5)
+
+
+EXTENDS = ["optim.schedule.kind=constant", "name=longer"]
+
+
+def stages(*epochs: int) -> str:
+    shown = (f"{{resolution: {r}, epochs: {n}}}" for r, n in zip((16, 12), epochs, strict=False))
+    return f"curriculum.stages=[{', '.join(shown)}]"
+
+
+def extended(file: Path, *overrides: str) -> Path:
+    train(configuration.load(file, [*EXTENDS, *overrides]), extend=True)
+    return file.parent / "longer"
+
+
+def test_an_extended_run_ends_as_one_that_was_as_long_from_the_start(student_yaml: Path) -> None:
+    train(configuration.load(student_yaml, [*EXTENDS, "name=whole", stages(2, 1)]))
+    train(configuration.load(student_yaml, [*EXTENDS, stages(1)]))
+    run = extended(student_yaml, stages(2))
+    assert [e["step"] for e in read_events(run) if e["event"] == "extend"] == [4]
+    # a key that changes nothing, as every stage has epochs of its own
+    extended(student_yaml, stages(2), "curriculum.epochs=7")
+    assert max(e["step"] for e in read_events(run)) == 8
+    extended(student_yaml, stages(2, 1))  # a stage that follows, which has the same teacher
+    one, other = final(student_yaml.parent / "whole"), final(run)
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "curriculum.stages=[{resolution: 12, epochs: 3, patience: 2}]",
+            "nothing else of a stage may change",
+        ),
+        ("curriculum.stages=[{resolution: 12, epochs: 1}]", "only the last stage may have more epochs"),
+        ("curriculum.stages=[{resolution: 12}, {resolution: 16}]", "made for the largest stage"),
+        ("optim.lr=1e-4", "optim.lr: 0.0003 -> 0.0001"),
+    ],
+)
+def test_what_an_extension_may_not_change(student_yaml: Path, override: str, said: str) -> None:
+    alone = [
+        "teacher=null",
+        "loss.kd.alpha=0",
+        "loss.saliency.gamma=0",
+        "curriculum.stages=[{resolution: 12}]",
+    ]
+    train(configuration.load(student_yaml, [*EXTENDS, *alone]))
+    with pytest.raises(UserError, match=re.escape(said)):
+        extended(student_yaml, *alone, override)

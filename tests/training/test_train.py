@@ -509,3 +509,22 @@ def test_decisions_are_events_with_all_they_decide(student_yaml: Path) -> None:
         "action": "advance", "stage": 1, "resolution": 16, "batch": 32, "lr": 3e-4, "policy": "reset", "reload": None,
     }  # fmt: skip
     assert all("seconds" in e and "agreement_s" in e for e in of(events, "stage"))
+
+
+def test_evaluate_measures_the_whole_split_whatever_stages_were_judged_by(student_yaml: Path) -> None:
+    folder, _ = run(student_yaml, "data.val_subset=5", "curriculum.epochs=1")
+    assert evaluate.evaluate(folder, split="val")["samples"] == 13
+
+
+def test_taps_without_a_map_are_named_and_refused_where_no_stage_has_any(student_yaml: Path) -> None:
+    convolutional = [
+        "student.name=resnet10t", "student.patch=null", "student.options={channels: [8, 8, 8, 8]}",
+        "loss.saliency.taps=[[layer4, blocks.0]]", "student.distilled=false",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"layer4 has a grid of 1 x 1 .*in no stage is there a map to align"):
+        run(student_yaml, *convolutional)
+    _, events = run(student_yaml, *convolutional[:3], "loss.saliency.taps=[[layer2, blocks.0]]", name="some")
+    (told, *_) = of(events, "taps")
+    assert "layer2 is flat" in told["found"]
+    assert not told["dead"]  # residual branches begin at zero
+    assert of(events, "summary")
