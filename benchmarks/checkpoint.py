@@ -29,7 +29,7 @@ from irkd_dist.data import render
 from irkd_dist.data.sources import open_source
 from irkd_dist.distill import models
 from irkd_dist.distill.module import Distiller, Objective
-from irkd_dist.runfolder import read_events
+from irkd_dist.eventlog import read_events
 from irkd_dist.training import engines, optim
 
 

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from irkd_dist import faults, runfolder
+from irkd_dist import faults, files, runfolder, typed
 from irkd_dist.errors import Passing, UserError, unreadable
 from irkd_dist.runfolder import OPTIMIZER, STATE, STUDENT
 
@@ -57,17 +57,17 @@ def save(
         own = hashlib.sha256(text.encode()).hexdigest()
         (temporary / STATE).write_text(text.replace(_OWN % "", _OWN % own, 1))
         _sync_and_digest(temporary / STATE)
-        runfolder.sync_folder(temporary)
+        files.sync_folder(temporary)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-        runfolder.sync_folder(folder.parent)
+        files.sync_folder(folder.parent)
     except (OSError, SafetensorError) as error:
         faults.heal()
         shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent if folder.parent.exists() else Path()).free / 2**20
+        free = files.free_space(folder.parent)
         raise UserError(
-            f"cannot write checkpoint {folder}: {error} ({free:.0f} MiB free); earlier checkpoints are untouched"
+            f"cannot write checkpoint {folder}: {error}{free}; earlier checkpoints are untouched"
         ) from error
 
 
@@ -174,8 +174,8 @@ def load_state(folder: Path) -> dict[str, Any]:
     """
     file = folder / STATE
     try:
-        data = runfolder.read_bytes(file)
-        state = runfolder.parse(data)
+        data = files.read(file)
+        state = typed.parse(data)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is no checkpoint: it has no {STATE}") from None
     except OSError as error:
@@ -204,12 +204,10 @@ def _altered(state: dict[str, Any], data: bytes) -> str | None:
             return "its checksum differs"
     elif f'"{STATE}": "'.encode() in data:
         return "its checksum is not where it belongs"
-    return runfolder.wrong_type(state, _TYPES) or runfolder.wrong_type(
-        state.get("curriculum", {}), _CURRICULUM_TYPES
-    )
+    return typed.wrong_type(state, _TYPES) or typed.wrong_type(state.get("curriculum", {}), _CURRICULUM_TYPES)
 
 
-_counts, _numbers = runfolder.list_of(runfolder.is_count), runfolder.list_of(runfolder.is_number)
+_counts, _numbers = typed.list_of(typed.is_count), typed.list_of(typed.is_number)
 
 
 def _is_best(value: object) -> bool:
@@ -221,22 +219,22 @@ def _is_normalisation(value: object) -> bool:
 
 
 _TYPES = {
-    **dict.fromkeys(("epoch_step", "epoch", "step", "stage_step"), runfolder.is_count),
+    **dict.fromkeys(("epoch_step", "epoch", "step", "stage_step"), typed.is_count),
     **dict.fromkeys(("skipped", "left_out"), _counts),
-    **dict.fromkeys(("curriculum", "model", "config"), runfolder.is_mapping),
+    **dict.fromkeys(("curriculum", "model", "config"), typed.is_mapping),
     **dict.fromkeys(("mean", "std"), _is_normalisation),
-    **dict.fromkeys(("classes", "taps"), runfolder.list_of(runfolder.is_text)),
-    **dict.fromkeys(("data_digest", "package_version", "method"), runfolder.is_text),
-    "teacher_digest": runfolder.optional(runfolder.is_text),
-    "stage_bests": runfolder.list_of(_is_best),
-    "sums": runfolder.list_of(runfolder.is_real),
-    "seconds": runfolder.is_number,
+    **dict.fromkeys(("classes", "taps"), typed.list_of(typed.is_text)),
+    **dict.fromkeys(("data_digest", "package_version", "method"), typed.is_text),
+    "teacher_digest": typed.optional(typed.is_text),
+    "stage_bests": typed.list_of(_is_best),
+    "sums": typed.list_of(typed.is_real),
+    "seconds": typed.is_number,
     "finished": lambda value: isinstance(value, bool),
 }
 _CURRICULUM_TYPES = {
-    **dict.fromkeys(("stage", "epoch", "best_epoch"), runfolder.is_count),
-    **dict.fromkeys(("seconds", "tokens", "best_accuracy"), runfolder.is_number),
-    "best_checkpoint": runfolder.optional(_is_best),
+    **dict.fromkeys(("stage", "epoch", "best_epoch"), typed.is_count),
+    **dict.fromkeys(("seconds", "tokens", "best_accuracy"), typed.is_number),
+    "best_checkpoint": typed.optional(_is_best),
 }
 
 
@@ -392,7 +390,7 @@ def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 def _read(file: Path, state: dict[str, Any]) -> dict[str, Tensor]:
     try:
-        data = runfolder.read_bytes(file)
+        data = files.read(file)
     except FileNotFoundError:
         raise UserError(f"{file} is missing") from None
     except OSError as error:

@@ -20,6 +20,7 @@ from irkd_dist.errors import (
     Stopped,
     UserError,
     keep_traceback,
+    one_line,
     place,
     printable,
     say,
@@ -47,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         if error.said or (error.said is None and os.environ.get("LOCAL_RANK", "0") != "0"):
             # leave it to the one that says it: then the launcher ends all. If it does not, say it too
             time.sleep(5)
-        for line in str(error).splitlines() if not error.said else ():
-            say(f"irkd: {place()}error: {line}")
+        if not error.said:
+            say(f"irkd: {place()}error: {error}")
         return EXIT_USER
     except Lost as error:
         say(f"irkd: {error}")
@@ -62,9 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1  # whoever read has read enough
     except Exception as error:
         kept = keep_traceback(error, getattr(arguments, "folder", None))
-        reason = " ".join(str(error).split()) or "no reason given"
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        say(f"irkd: {place()}error: {kind}{reason} ({kept})")
+        say(f"irkd: {place()}error: {kind}{printable(one_line(error))} ({kept})")
         _tell_torchrun(error)
         return EXIT_USER if isinstance(error, OSError) else 1
 

@@ -33,7 +33,7 @@ from irkd_dist.config import Config, Fixed
 from irkd_dist.data import sampler, shards
 from irkd_dist.distill import measure
 from irkd_dist.distill.models import parameter_count
-from irkd_dist.errors import UserError
+from irkd_dist.errors import UserError, one_line
 from irkd_dist.training import (
     bookends,
     build,
@@ -463,7 +463,7 @@ class _Examination:
             except Warn as warning:
                 found = Finding("warn", str(warning), self.who)
             except (UserError, OSError, RuntimeError) as error:
-                found = Finding("FAIL", " ".join(str(error).split()) or type(error).__name__, self.who)
+                found = Finding("FAIL", one_line(error), self.who)
             findings = distributed.gather(self.engine, found)
         worst = max(findings, key=lambda f: list(COLOURS).index(f.level))
         level, text = worst.level, worst.text

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from irkd_dist import config as configuration
-from irkd_dist import configured, networks, runfolder
+from irkd_dist import configured, files, networks, runfolder
 from irkd_dist.config import Config
 from irkd_dist.data import shards
 from irkd_dist.data.loader import Batch, Loader
@@ -261,10 +261,7 @@ def _write(path: Path, network: Network, result: dict[str, Any], other_data: str
     which = network.folder.name if path == network.folder else _which(run, network)
     parts = [result["split"], *result["accuracy"], which, *(["data", other_data] if other_data else [])]
     file = run / runfolder.EVALUATION / ("-".join(parts) + ".json")
-    try:
-        runfolder.write(file, json.dumps(result, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write the result {file}: {error.strerror or error}") from error
+    files.write(file, json.dumps(result, indent=1) + "\n")
 
 
 def _which(run: Path, network: Network) -> str:

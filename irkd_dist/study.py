@@ -17,7 +17,7 @@ import timm
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from irkd_dist import __version__, plain, runfolder
+from irkd_dist import __version__, eventlog, files, plain
 from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
 
@@ -79,8 +79,7 @@ def run(study: Study, overrides: list[str], out: Path | None, command: str) -> s
             results.append(_result(path, name, seed, common))
             page = _page(study, teachers, results, command)
             if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(page)
+                files.write(out, page)
     return _page(study, teachers, results, command)
 
 
@@ -102,7 +101,7 @@ def _arguments(path: str, seed: int | None, overrides: list[str]) -> list[str]:
 def _result(path: str, name: str, seed: int | None, overrides: list[str]) -> Result:
     arguments = _arguments(path, seed, overrides)
     config = configuration.load(path, arguments[2:])
-    events = runfolder.read_events(configuration.folder_of(config))
+    events = eventlog.read_events(configuration.folder_of(config))
     summary = next(e for e in reversed(events) if e["event"] == "summary")
     if "test_accuracy" not in summary:
         raise UserError(f"{config.data.shards} has no test split, and a study's table needs one")

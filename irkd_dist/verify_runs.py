@@ -6,9 +6,9 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from irkd_dist import checkpoint, runfolder
+from irkd_dist import checkpoint, eventlog, files, runfolder
 from irkd_dist import config as configuration
-from irkd_dist.errors import Passing, UserError
+from irkd_dist.errors import Passing, UserError, unreadable
 from irkd_dist.report import reading
 from irkd_dist.training import panels
 
@@ -74,7 +74,7 @@ def _other_config(folder: Path, trained: dict[str, Any] | None) -> list[str]:
 
 def _events(folder: Path) -> list[str]:
     try:
-        log = runfolder.read_log(folder)
+        log = eventlog.read_log(folder)
     except UserError as error:
         return [str(error)]
     file = folder / runfolder.EVENTS
@@ -88,10 +88,10 @@ def _samples(folder: Path) -> list[str]:
     found = []
     for file in sorted((folder / runfolder.SAMPLES).glob("*.jsonl")):
         try:
-            lines = runfolder.read_bytes(file).split(b"\n")
+            lines = files.read(file).split(b"\n")
         except OSError as error:
-            found.append(f"{file} cannot be read: {error.strerror or error}")
+            found.append(str(unreadable(file, error)))
             continue
-        bad = [n for n, line in enumerate(lines, 1) if line.strip() and runfolder.parse_samples(line) is None]
+        bad = [n for n, line in enumerate(lines, 1) if line.strip() and eventlog.parse_samples(line) is None]
         found += [f"{file} line {n}: no record of samples" for n in bad]
     return found

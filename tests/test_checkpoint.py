@@ -250,4 +250,4 @@ def test_a_pipe_in_a_checkpoint_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(bad / checkpoint.STUDENT)
     found, (said,) = checkpoint.newest(tmp_path)
     assert found == good
-    assert "no plain file" in said
+    assert "it is a FIFO, not a file" in said

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from irkd_dist.data import files
+from irkd_dist import files
 from irkd_dist.data.sources.base import Raw
 
 Fit = Literal["crop", "squash", "pad"]

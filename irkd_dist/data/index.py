@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from irkd_dist import typed
+
 Read = Callable[[int, int], bytes]  # (bytes, offset), as os.pread has them
 
 _BLOCK = 512  # tar's unit: headers are one block, data is padded to whole blocks
@@ -73,7 +75,7 @@ def decode(data: bytes, end: int, tar: str) -> Index | None:
     Raises ValueError when it is no index, or points outside the tar.
     """
     try:
-        raw = json.loads(data)
+        raw = typed.parse(data)
         if raw["tar"] != tar:
             return None
         keys, count = raw["keys"], len(raw["keys"])
@@ -83,7 +85,7 @@ def decode(data: bytes, end: int, tar: str) -> Index | None:
             if raw["mask"] is None
             else _whole(raw["mask"], (count, 2))
         )
-    except (KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"it is no index of a shard: {error!r}") from None
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise ValueError("it is no index of a shard: its keys are not strings")

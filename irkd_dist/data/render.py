@@ -28,14 +28,14 @@ from typing import Any
 import numpy as np
 import PIL
 
-from irkd_dist import __version__
-from irkd_dist.data import files, images, preview, shards
+from irkd_dist import __version__, files
+from irkd_dist.data import images, preview, shards
 from irkd_dist.data.images import Fit
 from irkd_dist.data.renderjob import Job, Options, Record, Work, check_bad, finished, render_shard
 from irkd_dist.data.sampler import order
 from irkd_dist.data.shards import Manifest, Shard
 from irkd_dist.data.sources import Source
-from irkd_dist.errors import UserError
+from irkd_dist.errors import UserError, reason
 
 LARGEST = 8192  # pixels
 MOST_WORKERS = 1024
@@ -178,9 +178,8 @@ def _claim(out: Path, parts: Path, plan: str, overwrite: bool) -> None:
             _remove_shards(out)
             shutil.rmtree(parts, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"cannot write to --out {out}: {error.strerror}") from error
-    with files.atomic(marker) as file:
-        file.write(plan.encode())
+        raise UserError(f"cannot write to --out {out}: {reason(error)}") from error
+    files.write(marker, plan)
 
 
 def _remove_shards(out: Path) -> None:

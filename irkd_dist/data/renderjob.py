@@ -15,12 +15,13 @@ import numpy as np
 import webdataset as wds
 from PIL import Image, UnidentifiedImageError
 
-from irkd_dist.data import files, images, index, shards
+from irkd_dist import files, typed
+from irkd_dist.data import images, index, shards
 from irkd_dist.data.images import Fit
 from irkd_dist.data.pixels import encode
 from irkd_dist.data.shards import Encoding, Mode, Shard
 from irkd_dist.data.sources import Source
-from irkd_dist.errors import Stopped, UserError, printable
+from irkd_dist.errors import Stopped, UserError, printable, reason
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,7 @@ def render_shard(work: Work, job: Job, stop: Callable[[], bool]) -> Record:
     }
     count = written * work.resolutions[-1] ** 2 if job.split == "train" else 0
     record = Record(work.plan, job.name, result, count, sums.tolist(), squares.tolist(), bad, dict(+facts))
-    with files.atomic(work.out / shards.PARTS / f"{job.name}.json") as file:
-        file.write(json.dumps(asdict(record)).encode())
+    files.write(work.out / shards.PARTS / f"{job.name}.json", json.dumps(asdict(record)))
     return record
 
 
@@ -148,7 +148,9 @@ def _sample(
 
 def _save(folder: Path, name: str, stream: io.BytesIO, samples: int, encoding: Encoding) -> Shard:
     data = stream.getbuffer()
-    with files.atomic(folder / name) as file:
+    with files.whole(
+        folder / name, folder / f"{name}.tmp"
+    ) as file:  # the next render of it replaces that one too
         file.write(data)
     listed = index.scan(lambda count, at: bytes(data[at : at + count]), len(data), encoding)
     digest = hashlib.sha256(data).hexdigest()
@@ -158,26 +160,23 @@ def _save(folder: Path, name: str, stream: io.BytesIO, samples: int, encoding: E
 def _write_index(tar: Path, listed: index.Index, digest: str) -> str:
     """Write the index beside its tar, whose sha256 is `digest`; returns its own."""
     data = index.encode(listed, digest)
-    with files.atomic(tar.with_name(index.file_name(tar.name))) as file:
-        file.write(data)
+    files.write(tar.with_name(index.file_name(tar.name)), data)
     return hashlib.sha256(data).hexdigest()
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):  # its text holds a memory address
         return "not an image, or of an unknown format"
-    return printable(
-        (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    )
+    return printable(reason(error))
 
 
 def finished(work: Work, job: Job) -> Record | None:
     """The job's record, if all its files are there and as it says."""
     try:
-        raw = json.loads(files.read(work.out / shards.PARTS / f"{job.name}.json"))
+        raw = typed.parse(files.read(work.out / shards.PARTS / f"{job.name}.json"))
         raw.pop("upscaled", None)  # of a render before facts were counted
         record = Record(**raw | {"shards": {k: Shard(**v) for k, v in raw["shards"].items()}})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     whole = all(
         shards.damage(work.out / key / shard.name, shard) is None for key, shard in record.shards.items()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from irkd_dist.errors import UserError, unreadable
+from irkd_dist.errors import UserError, one_line, unreadable
 
 NAMES = (
     "model.safetensors",
@@ -87,7 +87,7 @@ def _unpickle(file: Path, where: str) -> Any:
     except OSError:
         raise
     except Exception as error:  # a damaged pickle raises anything
-        reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+        reason = one_line(error).rpartition("WeightsUnpickler error: ")[2]
         blocked = re.search(r"GLOBAL (\S+\.\S+)", reason)
         if blocked:
             raise UserError(

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from irkd_dist import runfolder
+from irkd_dist.errors import printable
 from irkd_dist.report import figures
 from irkd_dist.report.figures import NARROW, WIDE, Plan, Theme
 from irkd_dist.report.reading import Run
@@ -109,4 +109,4 @@ def _cells(arrays: dict[str, np.ndarray], n: int, has_teacher: bool) -> list[np.
 
 
 def _class_name(run: Run, label: int) -> str:
-    return runfolder.printable(run.classes[label]) if 0 <= label < len(run.classes) else f"class {label}"
+    return printable(run.classes[label]) if 0 <= label < len(run.classes) else f"class {label}"

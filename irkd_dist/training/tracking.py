@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from irkd_dist import __version__, runfolder
+from irkd_dist import __version__, eventlog, files, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
 
@@ -64,7 +64,7 @@ class Tracker:
         self._kind = backend if main else "none"
         if not main:
             return
-        self._file = runfolder.open_log(run / runfolder.EVENTS)
+        self._file = eventlog.open_log(run / runfolder.EVENTS)
         self._pending: collections.deque[bytes] = collections.deque()
         self._full = False
         if backend == "wandb":
@@ -76,7 +76,7 @@ class Tracker:
         """Append one line to events.jsonl, flushed."""
         if self.main:
             line = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
-            self._pending.append(runfolder.event_line(line))
+            self._pending.append(eventlog.event_line(line))
             self._write()
             if kind == "stop" and self._kind == "wandb":
                 self._backend.stop()
@@ -295,7 +295,7 @@ class SampleLog:
         self._file: Any = None
         self._started = started
         if asked:
-            self._file = runfolder.open_log(runfolder.samples_file(run, rank))
+            self._file = eventlog.open_log(runfolder.samples_file(run, rank))
             self.go_on_from(step)
 
     def __enter__(self) -> SampleLog:
@@ -377,7 +377,7 @@ class _Wandb:
             raise UserError(
                 f"track.mode={mode}: W&B does not start: {reason} (offline needs no account)"
             ) from error
-        runfolder.write(id_file, self.run.id)
+        files.write(id_file, self.run.id)
 
     def log(self, values: dict[str, float], step: int) -> None:
         self._call(lambda: self.run.log(values, step=step))

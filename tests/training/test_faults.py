@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from irkd_dist.runfolder import read_decisions, read_events, read_samples
+from irkd_dist.eventlog import read_decisions, read_events, read_samples
 from irkd_dist.training import requeue
 from tests import chaos
 from tests.chaos import Fault, damage_newest, finish, losses_of, start, status, strike

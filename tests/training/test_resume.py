@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from irkd_dist import checkpoint
-from irkd_dist.runfolder import read_events
+from irkd_dist.eventlog import read_events
 from tests.training.launch import irkd
 
 # dropout, MixUp and carried moments are on: all of it must come back. 16 steps, the transition after the 8th.
