@@ -203,6 +203,8 @@ def _render_options(render: argparse.ArgumentParser) -> None:
         help="resize: antialiased, at every resolution; crop: the full-size image only, to crop from")  # fmt: skip
     add("--fit", choices=["crop", "squash", "pad"], default="crop",
         help="of images that are not square: their centre (default), squashed, or whole on black")  # fmt: skip
+    add("--white", type=int, choices=[1, 255, 65535],
+        help="value of white in float and 32-bit images (default: by their values, if all agree)")  # fmt: skip
     add("--encoding", choices=["png", "npy", "webp", "jpg"], default="png")
     add(
         "--classes", metavar="NAMES", help="names or an order of the classes: a,b,c or a file with one a line"
@@ -264,6 +266,7 @@ def _render_source(arguments: argparse.Namespace) -> int:
     options = render.Options(
         resolutions, arguments.mode, arguments.encoding, arguments.samples_per_shard, arguments.val_fraction,
         arguments.seed, arguments.limit, arguments.dataset, arguments.workers, arguments.max_bad, arguments.fit,
+        arguments.white,
     )  # fmt: skip
     render.check(options)
     source = open_source(
@@ -288,11 +291,13 @@ def _render_source(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     with _imports():
         from irkd_dist import verify
+        from irkd_dist.training.tracking import count_bar
 
     problems = 0
-    for problem in verify.verify(arguments.path):
-        print(printable(problem), flush=True)
-        problems += 1
+    with count_bar("files", pause_s=10) as (progress, tell):
+        for problem in verify.verify(arguments.path, progress):
+            tell(printable(problem))
+            problems += 1
     print(printable(f"{arguments.path}: {f'{problems} problems' if problems else 'all as it should be'}"))
     return 1 if problems else 0
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from irkd_dist import __version__, configured, slurm
@@ -452,7 +451,7 @@ class _Examination:
         self.who = f"rank {self.rank} on {socket.gethostname()}"
         self.levels: list[str] = []
         self.started = time.monotonic()
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = tracking.console()
 
     def __call__(self, name: str, check: Callable[[], str], alike: bool = False) -> bool:
         """Run a check on every process; True unless it fails. `alike`: processes that differ are a failure."""
@@ -547,5 +546,5 @@ class _Examination:
             self._line(name, level, text)
 
     def _line(self, name: str, level: str, text: str) -> None:
-        self.console.print(f"[{COLOURS[level]}]{level:<4}[/]", end="  ")
-        self.console.print(f"{name:<14} {text}", markup=False)
+        self.console.print(f"{level:<4}", style=COLOURS[level], end="  ")
+        self.console.print(f"{name:<14} {text}")

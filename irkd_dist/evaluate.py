@@ -199,15 +199,24 @@ def _pointing(task: _Task, split: str, size: int, batches: list[Batch]) -> float
     stored = size if task.manifest.mode == "resize" else task.manifest.resolutions[-1]
     opened = shards.open_split(Path(task.config.data.shards), task.manifest, split, stored, verify="size")
     with contextlib.closing(opened):
-        hits = [
-            measure.pointing_hits(student.maps(b.images, b.labels), _masks(opened, b.ids)) for b in batches
-        ]
+        hits = []
+        for batch in batches:
+            masks = torch.stack([_mask(opened, int(i), stored) for i in batch.ids])
+            hits.append(measure.pointing_hits(student.maps(batch.images, batch.labels), masks))
     return float(torch.cat(hits).float().mean())
 
 
-def _masks(opened: shards.Split, ids: Any) -> Tensor:
-    encoded = [opened.mask(int(i)) for i in ids]
-    return torch.stack([shards.decode(m, "png")[0] > 127 for m in encoded if m is not None])
+def _mask(opened: shards.Split, i: int, size: int) -> Tensor:
+    try:
+        mask = shards.decode(opened.mask(i) or b"", "png")
+        if mask.shape[1:] != (size, size):
+            raise ValueError(f"it has {tuple(mask.shape[1:])} pixels, not {(size, size)}")
+    except ValueError as error:
+        raise UserError(
+            f"{opened.where(i)}: the mask of sample {opened.keys[i]} cannot be read: {error}; render again: the same "
+            "`irkd render` command replaces what is damaged"
+        ) from error
+    return mask[0] > 127
 
 
 @torch.no_grad()

@@ -38,15 +38,16 @@ def read(path: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def whole(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
+def whole(path: Path, mine: bool = False) -> Iterator[BinaryIO]:
     """A binary file that appears under `path` whole (written, synced, renamed) or not at all.
 
-    `temporary`: where it is written first, else a hidden name of this process's own beside it.
+    It is written beside it first: under a hidden name of this process's own, or, where no other process may write the
+    same file (`mine`), under one that the next try takes again, so that a kill leaves nothing for good.
 
     Raises:
         UserError: it cannot be written; the message names the free space.
     """
-    temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp" if mine else f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -63,9 +64,9 @@ def whole(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
         raise
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write(path: Path, content: str | bytes | memoryview, mine: bool = False) -> None:
     """Write a whole file, see `whole`; what UTF-8 cannot hold (a name of other bytes) is written as `\\udcff`."""
-    with whole(path) as file:
+    with whole(path, mine) as file:
         file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 

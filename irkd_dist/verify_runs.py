@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from irkd_dist.training import panels
 REQUIRED = ("model", "classes", "mean", "std", "config", "curriculum", "data_digest")  # in a state.json
 
 
-def run(folder: Path) -> list[str]:
+def run(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
     """A line for each bad file of a run folder, which it names; none if all are whole.
+
+    `progress` is called with (checkpoints done, in all).
 
     Raises:
         Passing: the file system does not answer.
@@ -25,7 +28,10 @@ def run(folder: Path) -> list[str]:
     for problem in (runfolder.read_status(folder)[1], runfolder.read_restarts(folder)[1]):
         found += [f"{folder}/{problem}"] if problem else []
     kept = [*runfolder.steps(folder / runfolder.CHECKPOINTS), *runfolder.bests(folder)]
-    found += [problem for one in kept for problem in checkpoint_folder(one)]
+    for done, one in enumerate(kept):
+        progress(done, len(kept))
+        found += checkpoint_folder(one)
+    progress(len(kept), len(kept))
     with contextlib.suppress(UserError):  # named above
         state = checkpoint.load_state(kept[0]) if kept else {}
         found += [f"{folder / text}" for text in checkpoint.missing_bests(folder, state)]

@@ -7,8 +7,8 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ class Options:
     workers: int = 1
     max_bad: int = 0  # unreadable images that are skipped before the render stops
     fit: Fit = "crop"  # of images that are not square: their centre, squashed, or whole on black
+    white: int | None = None  # of floats and 32-bit numbers; None: 1, 255 or 65535, as their values are
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ class Record:
     sums: list[int]
     squares: list[int]
     bad: list[str]
-    facts: dict[str, int] | None = (
-        None  # of how many images each of images.FACTS is true; None: not counted yet then
-    )
+    # of how many images each of images.FACTS is true; None: not counted yet then
+    facts: dict[str, int] | None = None
+    examples: dict[str, str] = field(default_factory=dict)  # of each value of white: the first image
 
 
 def render_shard(work: Work, job: Job, stop: Callable[[], bool]) -> Record:
@@ -85,7 +86,7 @@ def render_shard(work: Work, job: Job, stop: Callable[[], bool]) -> Record:
     streams = {r: io.BytesIO() for r in work.resolutions}
     sums, squares = np.zeros(3, np.uint64), np.zeros(3, np.uint64)
     bad: list[str] = []
-    facts: Counter[str] = Counter()
+    facts, examples = Counter[str](), dict[str, str]()
     written = 0
     with contextlib.ExitStack() as stack:
         writers = {r: stack.enter_context(_writer(stream)) for r, stream in streams.items()}
@@ -93,13 +94,16 @@ def render_shard(work: Work, job: Job, stop: Callable[[], bool]) -> Record:
             if stop():
                 raise Stopped
             try:
-                loaded = images.load(raw)
+                loaded = images.load(raw, work.options.white)
             except Exception as error:  # damaged files make Pillow raise nearly anything
                 bad.append(f"{printable(raw.name)} ({_reason(error)})")
                 check_bad(bad, work.options.max_bad)
                 continue
             written += 1
             facts.update(loaded.facts)
+            for fact in loaded.facts:
+                if fact.startswith("white_"):
+                    examples.setdefault(fact, printable(raw.name))
             facts["enlarged"] += min(loaded.image.size) < work.resolutions[-1]
             for r, writer in writers.items():
                 pixels = np.asarray(images.fit(loaded.image, r, work.options.fit))
@@ -114,7 +118,9 @@ def render_shard(work: Work, job: Job, stop: Callable[[], bool]) -> Record:
         for r, stream in streams.items()
     }
     count = written * work.resolutions[-1] ** 2 if job.split == "train" else 0
-    record = Record(work.plan, job.name, result, count, sums.tolist(), squares.tolist(), bad, dict(+facts))
+    record = Record(
+        work.plan, job.name, result, count, sums.tolist(), squares.tolist(), bad, dict(+facts), examples
+    )  # fmt: skip
     files.write(work.out / shards.PARTS / f"{job.name}.json", json.dumps(asdict(record)))
     return record
 
@@ -124,6 +130,23 @@ def check_bad(bad: list[str], limit: int) -> None:
         raise UserError(
             f"{len(bad)} unreadable image{'s' if len(bad) > 1 else ''}, over the limit --max-bad {limit}: "
             f"{'; '.join(bad[:5])}; mend or remove them, or raise the limit"
+        )
+
+
+def check_white(records: Iterable[Record]) -> None:
+    """Refuse images whose values do not say alike what is white: a dark one of a set is no bright one of another."""
+    total, examples = Counter[str](), dict[str, str]()
+    for record in records:
+        total.update(record.facts or {})
+        examples = record.examples | examples
+    found = [(white, fact) for white in images.WHITES if total[fact := f"white_{white}"]]
+    if len(found) > 1:
+        told = ", ".join(
+            f"{total[fact]} within 0..{white} (such as {examples[fact]})" for white, fact in found
+        )
+        raise UserError(
+            f"float or 32-bit images do not agree on what is white: {told}; --white 1, 255 or 65535 says it for all of "
+            "them (and --overwrite, to begin anew)"
         )
 
 

@@ -198,9 +198,12 @@ def console(quiet: bool = False) -> Console:
 
 
 @contextmanager
-def count_bar(what: str) -> Iterator[tuple[Any, Any]]:
-    """A bar for counted work: yields `progress(done, total)` and `say(text)`. Off a terminal, a line now and then."""
-    terminal = console()
+def count_bar(what: str, pause_s: float = 0.0) -> Iterator[tuple[Any, Any]]:
+    """A bar for counted work: yields `progress(done, total)` and `say(text)`.
+
+    Off a terminal, a line at each tenth, or `pause_s` after the one before.
+    """
+    terminal, said = console(), time.monotonic()
     columns = (
         TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(),
@@ -211,9 +214,12 @@ def count_bar(what: str) -> Iterator[tuple[Any, Any]]:
         task = bar.add_task(what, total=None)
 
         def progress(done: int, total: int) -> None:
+            nonlocal said
             bar.update(task, completed=done, total=total)
-            if not terminal.is_terminal and (done == total or done % max(total // 10, 1) == 0):
+            tenth, now = done == total or done % max(total // 10, 1) == 0, time.monotonic()
+            if not terminal.is_terminal and (now - said > pause_s if pause_s else tenth):
                 terminal.print(f"{done} of {total} {what}")
+                said = now
 
         yield progress, terminal.print
 
