@@ -48,14 +48,14 @@ def shards(folder: Path, progress: Progress) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    first: dict[str, str] = {}  # of each shard: the digest of its keys and labels at the first resolution
     everything = [
-        (resolution, shard)
+        (resolution, (split, number), shard)
         for split in manifest.splits
         for resolution in manifest.resolutions
-        for shard in manifest.shards[f"r{resolution}"][split]
+        for number, shard in enumerate(manifest.shards[f"r{resolution}"][split])
     ]
-    for done, (resolution, shard) in enumerate(everything):
+    first: dict[tuple[str, int], str] = {}  # of each shard: digest of keys and labels at the first resolution
+    for done, (resolution, which, shard) in enumerate(everything):
         progress(done, len(everything))
         path = folder / f"r{resolution}" / shard.name
         if found := format.damage(path, shard):
@@ -69,7 +69,7 @@ def shards(folder: Path, progress: Progress) -> Iterator[str]:
         yield from (f"{path} {problem}" for problem in _one_shard(path, shard, listed, manifest, resolution))
         content = "\n".join(listed.keys).encode(errors="replace") + listed.labels.tobytes()
         digest = hashlib.sha256(content).hexdigest()
-        if first.setdefault(shard.name, digest) != digest:
+        if first.setdefault(which, digest) != digest:
             yield f"{path} has other keys or labels than at {manifest.resolutions[0]} px"
     progress(len(everything), len(everything))
 

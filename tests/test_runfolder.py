@@ -155,6 +155,9 @@ def test_a_whole_file_is_there_or_not(tmp_path: Path) -> None:
         raise RuntimeError
     assert file.read_text() == "first \\udcff"
     assert os.listdir(file.parent) == ["a.json"]
+    (file.parent / "b.tmp").write_text("as a kill leaves it")
+    files.write(file.parent / "b", b"whole", mine=True)
+    assert sorted(os.listdir(file.parent)) == ["a.json", "b"]
     umask = os.umask(0o027)
     os.umask(umask)
     assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask

@@ -50,6 +50,13 @@ def test_whole_shards_have_no_problem(shapes: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == f"{shapes}: all as it should be\n"
 
 
+def test_progress_counts_every_file(shapes: Path) -> None:
+    told: list[tuple[int, int]] = []
+    assert list(verify.verify(shapes, lambda done, total: told.append((done, total)))) == []
+    files = len(list(shapes.rglob("*.tar")))
+    assert told == [(done, files) for done in range(files + 1)]
+
+
 def test_one_flipped_bit_anywhere_is_found_and_named(copy: Path) -> None:
     for name in ("r12/train-000001.tar", "r8/test-000000.tar", "r16/val-000000.index.json"):
         path = copy / name

@@ -45,7 +45,7 @@ def write(out: Path, manifest: Manifest, count: int = 8) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box stands for it
         figure.savefig(image, format="png", metadata={"Software": None})
-    files.write(out / PREVIEW, image.getvalue())
+    files.write(out / PREVIEW, image.getvalue(), mine=True)
 
 
 def _one_of_each_class(labels: np.ndarray, count: int) -> list[int]:

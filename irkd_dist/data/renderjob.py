@@ -121,7 +121,7 @@ def render_shard(work: Work, job: Job, stop: Callable[[], bool]) -> Record:
     record = Record(
         work.plan, job.name, result, count, sums.tolist(), squares.tolist(), bad, dict(+facts), examples
     )  # fmt: skip
-    files.write(work.out / shards.PARTS / f"{job.name}.json", json.dumps(asdict(record)))
+    files.write(work.out / shards.PARTS / f"{job.name}.json", json.dumps(asdict(record)), mine=True)
     return record
 
 
@@ -171,10 +171,7 @@ def _sample(
 
 def _save(folder: Path, name: str, stream: io.BytesIO, samples: int, encoding: Encoding) -> Shard:
     data = stream.getbuffer()
-    with files.whole(
-        folder / name, folder / f"{name}.tmp"
-    ) as file:  # the next render of it replaces that one too
-        file.write(data)
+    files.write(folder / name, data, mine=True)
     listed = index.scan(lambda count, at: bytes(data[at : at + count]), len(data), encoding)
     digest = hashlib.sha256(data).hexdigest()
     return Shard(name, samples, len(data), digest, _write_index(folder / name, listed, digest))
@@ -183,7 +180,7 @@ def _save(folder: Path, name: str, stream: io.BytesIO, samples: int, encoding: E
 def _write_index(tar: Path, listed: index.Index, digest: str) -> str:
     """Write the index beside its tar, whose sha256 is `digest`; returns its own."""
     data = index.encode(listed, digest)
-    files.write(tar.with_name(index.file_name(tar.name)), data)
+    files.write(tar.with_name(index.file_name(tar.name)), data, mine=True)
     return hashlib.sha256(data).hexdigest()
 
 

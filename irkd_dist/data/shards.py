@@ -77,7 +77,7 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `folder/manifest.json` atomically; the same manifest always gives the same bytes."""
-    files.write(folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
+    files.write(folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n", mine=True)
 
 
 def load_manifest(folder: Path) -> Manifest:
