@@ -62,17 +62,8 @@ def test_data_and_distill_know_nothing_of_training() -> None:
 
 
 def test_run_folders_and_checkpoints_are_read_without_training() -> None:
-    for file in (
-        "runfolder.py",
-        "eventlog.py",
-        "files.py",
-        "typed.py",
-        "networks.py",
-        "configured.py",
-        "checkpoint.py",
-        "faults.py",
-        "config.py",
-    ):
+    names = "runfolder eventlog files typed networks configured checkpoint writer faults config"
+    for file in (f"{name}.py" for name in names.split()):
         assert not any(n.startswith("irkd_dist.training") for n in imports(PACKAGE / file)), file
 
 

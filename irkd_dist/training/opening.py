@@ -20,6 +20,7 @@ from irkd_dist.training.build import Parts
 from irkd_dist.training.position import Position
 from irkd_dist.training.step import Taken
 from irkd_dist.training.tracking import SampleLog, Tracker
+from irkd_dist.writer import Writer
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Run:
     exchange: guard.Exchange
     decisions: dict[int, dict[str, Any]]  # by step: taken before a restart, to be taken again
     session: str  # this start of the run; the newest one owns the folder
-    writer: checkpoint.Writer = field(default_factory=checkpoint.Writer)
+    writer: Writer = field(default_factory=Writer)
     saved: float = field(default_factory=time.perf_counter)  # moment of the last checkpoint
     asked: bool = False  # to stop, some process
     seen: dict[int, list[int]] = field(default_factory=dict)  # samples of steps whose flags are not back yet

@@ -31,7 +31,7 @@ from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from irkd_dist.checkpoint import Writer
+    from irkd_dist.writer import Writer
 
 QUIET_S = 30.0  # off a terminal, between two lines on how far a measurement is
 T = TypeVar("T")
