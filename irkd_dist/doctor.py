@@ -47,9 +47,8 @@ from irkd_dist.training import (
 from irkd_dist.training.engines import Engine
 
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "safetensors", "wandb")
-PATIENCE_S = (
-    300.0  # of one check (DeepSpeed compiles at its first use), then a process does not answer: it ends
-)
+# of one check (DeepSpeed compiles at its first use), then a process does not answer: it ends
+PATIENCE_S = 300.0
 REACH_S = 20.0  # for the launcher's port to answer
 VISIBLE_S = 15.0  # for a file to be seen by every process; NFS clients may remember a folder for some seconds
 MIB, GIB = 2**20, 2**30
@@ -390,11 +389,12 @@ def _step(job: build.Parts, number: int) -> str:
     peak, kind = _peak(engine)
     slowest = _slowest(engine, seconds)
     text = f"{slowest:.3f} s, {size / slowest:,.0f} images/s, peak {peak / GIB:.2f} GiB {kind} a process"
-    total = (
-        torch.cuda.get_device_properties(engine.device).total_memory if engine.device.type == "cuda" else 0
-    )
-    if total and peak > 0.9 * total:
-        raise Warn(f"{text}, of {total / GIB:.0f}: little is left; a smaller data.batch or more processes")
+    if engine.device.type == "cuda":
+        total = torch.cuda.get_device_properties(engine.device).total_memory
+        if peak > 0.9 * total:
+            raise Warn(
+                f"{text}, of {total / GIB:.0f}: little is left; a smaller data.batch or more processes"
+            )
     if taps:
         raise Warn(f"{text}; {taps}")
     return f"{text}; validation and panels run"
@@ -469,10 +469,8 @@ class _Examination:
         if level != "ok" and any(f.text != text for f in findings):
             text = f"{worst.who}: {text}"
         elif alike and (other := next((f for f in findings if f.text != text), None)):
-            level, text = (
-                "FAIL",
-                f"{worst.who} has {text}; {other.who} has {other.text}: install the same everywhere",
-            )
+            level = "FAIL"
+            text = f"{worst.who} has {text}; {other.who} has {other.text}: install the same everywhere"
         self._print(name, level, text)
         return level != "FAIL"
 
@@ -511,14 +509,9 @@ class _Examination:
         failed, warned = self.levels.count("FAIL"), self.levels.count("warn")
         seconds = f"{time.monotonic() - self.started:.0f} s"
         if self.rank == 0:
-            if failed:
-                print(f"not ready: {failed} check{'s' if failed > 1 else ''} failed ({seconds})")
-            else:
-                print(
-                    "ready"
-                    + (f", with {warned} warning{'s' if warned > 1 else ''}" if warned else "")
-                    + f" ({seconds})"
-                )
+            warnings = f", with {warned} warning{'s' * (warned > 1)}" if warned else ""
+            failures = f"not ready: {failed} check{'s' * (failed > 1)} failed"
+            print(f"{failures if failed else f'ready{warnings}'} ({seconds})")
         return 1 if failed else 0
 
     @contextlib.contextmanager

@@ -98,10 +98,8 @@ def show(result: dict[str, Any]) -> None:
     for size, accuracy in result["accuracy"].items():
         row = [f"{size} px", f"{accuracy:.2%}"]
         if result["agreement"]:
-            row += [
-                f"{result['agreement'][size]['mse']:.4f}",
-                f"{result['agreement'][size]['correlation']:.3f}",
-            ]
+            maps = result["agreement"][size]
+            row += [f"{maps['mse']:.4f}", f"{maps['correlation']:.3f}"]
         if result["pointing"]:
             row.append(f"{result['pointing'][size]:.2%}")
         rows.append(row)

@@ -78,9 +78,8 @@ class Log:
             return []
         count, shown = len(self.left_out), "; ".join(f"line {n}: {why}" for n, why in self.left_out[:5])
         more = f"; and {count - 5} more" if count > 5 else ""
-        return [
-            f"{count} line{'s' * (count > 1)} of {EVENTS} cut short or altered, and left out: {shown}{more}"
-        ]
+        what = f"{count} line{'s' * (count > 1)} of {EVENTS} cut short or altered, and left out"
+        return [f"{what}: {shown}{more}"]
 
 
 def event_line(values: Event) -> bytes:

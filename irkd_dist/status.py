@@ -56,6 +56,8 @@ def read(run: Path, now: float | None = None) -> Status:
     everything = eventlog.settled(log.events)
     events = [e for e in everything if e.get("stage", 0) in range(len(stages))]
     others = len(everything) - len(events)
+    beyond = [f"{others} event{'s' * (others > 1)} of stages that {runfolder.CONFIG} does not have, left out"]
+    beyond = beyond if others else []
     told, damage = runfolder.read_status(run)
     kinds = {kind: [e for e in events if e["event"] == kind] for kind in ("train", "evaluation", "stage")}
     entered = kinds["stage"][-1] if kinds["stage"] else {"stage": 0, "resolution": stages[0][0], "step": 0}
@@ -89,7 +91,7 @@ def read(run: Path, now: float | None = None) -> Status:
         checkpoint[0] if checkpoint else None, max(now - checkpoint[1], 0.0) if checkpoint else None,
         max(len(starts) - 1, 0), starts[-1].get("world") if starts else None,
         {k: n for k in TROUBLE if (n := sum(e["event"] == k for e in events))}, left,
-        [*([damage] if damage else []), *log.said(), *_beyond(others)],
+        [*([damage] if damage else []), *log.said(), *beyond],
     )  # fmt: skip
 
 
@@ -163,11 +165,6 @@ def _line(s: Status) -> str:
     parts += [s.reason] if s.reason else []
     parts += [f"damaged: {text}" for text in s.damage]
     return printable(f"{Path(s.run).name}  " + ", ".join(parts))
-
-
-def _beyond(count: int) -> list[str]:
-    what = f"{count} event{'s' * (count > 1)} of stages that {runfolder.CONFIG} does not have, left out"
-    return [what] if count else []
 
 
 def _stages(run: Path) -> tuple[list[tuple[int, int]], bool]:

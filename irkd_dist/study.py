@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import statistics
@@ -57,7 +56,9 @@ def load(path: Path) -> Study:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}: {key}: {first['msg'].lower()} (a study has {_keys()})") from error
+        raise UserError(
+            f"{file}: {key}: {first['msg'].lower()} (a study has {', '.join(Study.__dataclass_fields__)})"
+        ) from error
 
 
 def run(study: Study, overrides: list[str], out: Path | None, command: str) -> str:
@@ -85,13 +86,10 @@ def run(study: Study, overrides: list[str], out: Path | None, command: str) -> s
 
 def _train(path: str, name: str, seed: int | None, overrides: list[str]) -> None:
     print(f"== {name}{'' if seed is None else f', seed {seed}'}", flush=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "irkd_dist", *_arguments(path, seed, overrides)], check=False
-    )
+    arguments = _arguments(path, seed, overrides)
+    done = subprocess.run([sys.executable, "-m", "irkd_dist", *arguments], check=False)
     if done.returncode:
-        raise UserError(
-            f"{' '.join(['irkd', *_arguments(path, seed, overrides)])} ended with {done.returncode}"
-        )
+        raise UserError(f"{' '.join(['irkd', *arguments])} ended with {done.returncode}")
 
 
 def _arguments(path: str, seed: int | None, overrides: list[str]) -> list[str]:
@@ -139,20 +137,13 @@ def _figures(result: Result) -> str:
 
 
 def _mean_std(values: list[float], digits: int = 2) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else math.nan
-    return (
-        f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
-        if len(values) > 1
-        else f"{values[0]:.{digits}f}"
-    )
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def _machine() -> str:
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU ({_cpu()}, {os.cpu_count()} cores)"
-    )
+    cpu = f"CPU ({_cpu()}, {os.cpu_count()} cores)"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     return (
         f"Machine: {device}, OMP_NUM_THREADS {threads}. irkd_dist {__version__}, torch {torch.__version__}, "
@@ -168,7 +159,3 @@ def _cpu() -> str:
     return next(
         (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
     )
-
-
-def _keys() -> str:
-    return ", ".join(Study.__dataclass_fields__)

@@ -28,9 +28,7 @@ class Named:
 
     architecture: str  # as `models.create_model` takes it
     options: dict[str, Any] = field(default_factory=dict)  # its arguments, as its folder says
-    cfg: dict[str, Any] = field(
-        default_factory=dict
-    )  # timm's description of its weights: mean, std, num_classes
+    cfg: dict[str, Any] = field(default_factory=dict)  # timm's word on its weights: mean, std, num_classes
     weights: Path | None = None  # file or folder of those that come with the name
     repository: str = ""  # of the hub, where its weights are still to be fetched
 
@@ -172,8 +170,7 @@ def local_copy(named: Named, where: str) -> dict[str, Any]:
             f"{where}: timm has no pretrained weights of {name}; names with a tag in timm.list_pretrained() do"
         )
     file = Path(urllib.parse.urlsplit(url).path).name
-    if not Path(
-        f"{torch.hub.get_dir()}/checkpoints/{file}"
-    ).is_file():  # where torch.hub keeps what it fetched
+    fetched = Path(f"{torch.hub.get_dir()}/checkpoints/{file}")  # where torch.hub keeps it
+    if not fetched.is_file():
         require_answer(url, where, name)
     return {}

@@ -42,12 +42,8 @@ def write(folders: list[Path], out: Path | None = None) -> Path:
         parent = os.path.commonpath([r.folder.resolve().parent for r in found])
         page = Path(parent) / runfolder.REPORT if out is None else out
         context = _comparison_page(_distinct_names(found))
-    common = {
-        "version": __version__,
-        "palettes": {"light": LIGHT, "dark": DARK},
-        "run": None,
-        "comparison": None,
-    }
+    common = {"version": __version__, "palettes": {"light": LIGHT, "dark": DARK}}
+    common |= {"run": None, "comparison": None}
     files.write(page, _template().render(common | context))
     return page
 

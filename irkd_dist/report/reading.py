@@ -118,11 +118,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     """The 95 % interval of a share that was counted over so many trials (Wilson 1927, no continuity correction)."""
     z = 1.959964
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = (
-        z
-        / (1 + z * z / count)
-        * math.sqrt(max(share * (1 - share) / count + z * z / (4 * count * count), 0.0))
-    )
+    spread = max(share * (1 - share) / count + z * z / (4 * count * count), 0.0)
+    half = z / (1 + z * z / count) * math.sqrt(spread)
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 

@@ -199,10 +199,8 @@ class _Walk:
     def _take(self, entry: os.DirEntry[str], found: list[tuple[str, int]]) -> None:
         try:
             status = entry.stat()
-        except OSError:
-            found.append(
-                (entry.path, -1)
-            )  # a link to nothing: an image that cannot be read, named when it is
+        except OSError:  # a link to nothing: an image that cannot be read, named when it is
+            found.append((entry.path, -1))
             return
         if stat.S_ISREG(status.st_mode):
             found.append((entry.path, status.st_size))
