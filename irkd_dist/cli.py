@@ -132,6 +132,27 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("path", type=Path, help="folder of shards, run folder or checkpoint")
     verify.set_defaults(call=_verify)
 
+    teach = _command(commands, "teach", "fill the teacher's cache ahead of a training")
+    teach.add_argument("config", help="YAML file of the training; it names teacher.cache.folder")
+    teach.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="or --key=value, as for the training"
+    )
+    teach.add_argument("--part", metavar="I/N", help="the I-th of N jobs beside one another (1-based)")
+    teach.add_argument("--epochs", type=int, metavar="N", help="the run's first N epochs only")
+    teach.set_defaults(call=_teach)
+
+    cache = _command(commands, "cache", "what a teacher's cache holds, and for which runs")
+    cache.add_argument("folder", type=Path)
+    cache.add_argument(
+        "--verify", action="store_true", help="check every record; exit code 1 if one is damaged"
+    )
+    cache.add_argument("--prune", action="store_true", help="remove what killed processes left")
+    cache.add_argument("--older-than", type=float, metavar="DAYS", help="and what was not used for so long")
+    cache.add_argument(
+        "--keep-gib", type=float, metavar="N", help="and what was used longest ago, down to N GiB"
+    )
+    cache.set_defaults(call=_cache)
+
     evaluate = commands.add_parser(
         "evaluate", help="accuracy at each resolution, saliency agreement, pointing game"
     )
@@ -265,6 +286,44 @@ def _requeue(arguments: argparse.Namespace) -> int:
 
     print(requeue.decide(arguments.run, arguments.limit, owner=arguments.owner))
     return 0
+
+
+def _teach(arguments: argparse.Namespace) -> int:
+    from irkd_dist import config
+
+    loaded = config.load(arguments.config, arguments.overrides)
+    if arguments.epochs is not None and arguments.epochs < 1:
+        raise UserError(f"--epochs {arguments.epochs}: give 1 or more")
+    with _imports():
+        from irkd_dist.teach import teach
+        from irkd_dist.training.tracking import count_bar
+
+    with count_bar("batches") as (progress, say):
+        part = render_arguments.part(arguments.part) or (0, 1)
+        done = teach(loaded, part=part, epochs=arguments.epochs, progress=progress, say=say)
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"{done['computed']:.0f} answers computed, {done['found']:.0f} were there, in {done['seconds']:.1f} s"
+        )
+    return 0
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    from irkd_dist.distill import cache_admin
+
+    if not arguments.prune and (arguments.older_than is not None or arguments.keep_gib is not None):
+        raise UserError("--older-than and --keep-gib say what --prune removes: give it too")
+    if arguments.prune:
+        for line in cache_admin.prune(arguments.folder, arguments.older_than, arguments.keep_gib):
+            print(line)
+    for line in cache_admin.describe(arguments.folder):
+        print(line)
+    bad = cache_admin.verify(arguments.folder) if arguments.verify else []
+    for line in bad:
+        print(line)
+    if arguments.verify and not bad:
+        print("every record matches its sum")
+    return 1 if bad else 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from irkd_dist import keys, plain, reading
 from irkd_dist.data.recipe import Augment
@@ -30,6 +30,11 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 BetaShape = Annotated[float, Field(ge=0, le=1000)]
 
 _strict = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _word(value: Any) -> Any:
+    """YAML reads the words on and off as booleans."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,22 @@ class Model:
 
 
 @dataclass(frozen=True)
+class TeacherCache:
+    """Keeps what the teacher says of a sample as it is shown, for other runs and epochs (docs/cache.md)."""
+
+    # null: none; several runs may share one
+    folder: Annotated[str | None, OPERATIONAL, PATH] = None
+    # auto: read what is there, compute and keep the rest; write: compute and keep all; off: compute, in chunks as well
+    mode: Annotated[Literal["off", "read", "write", "auto"], BeforeValidator(_word), OPERATIONAL] = "auto"
+    limit_gib: Annotated[PositiveFloat | None, OPERATIONAL] = None  # of the whole folder
+    storage: Literal["exact", "compact"] = "exact"  # compact: fp16 logits, 8-bit maps, a third of the size
+    chunk: Positive = (
+        64  # samples that a teacher with a cache computes at once, whatever the batch and the world are
+    )
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
 class Teacher:
     """Where the teacher comes from: a run of ours, or any timm model with a weights file."""
 
@@ -92,6 +113,7 @@ class Teacher:
     # its normalisation, for teacher.model; null: what its weights or timm say, else the shards'
     mean: tuple[float, float, float] | None = None
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    cache: TeacherCache = field(default_factory=TeacherCache)
     __pydantic_config__ = _strict
 
 
@@ -415,6 +437,14 @@ def check(config: Config) -> None:
         if own and config.teacher.run is None:
             raise UserError(
                 f"curriculum.stages[{own[0]}].teacher names a checkpoint: give teacher.run, not teacher.model"
+            )
+        cache = config.teacher.cache
+        if cache.folder is None and replace(cache, mode="auto") != TeacherCache():
+            changed = next(
+                f.name for f in fields(cache) if f.name != "mode" and getattr(cache, f.name) != f.default
+            )
+            raise UserError(
+                f"teacher.cache.{changed}={getattr(cache, changed)} without a cache: give teacher.cache.folder"
             )
         if (config.teacher.mean is None) != (config.teacher.std is None):
             raise UserError("teacher.mean and teacher.std go together: give both or none")

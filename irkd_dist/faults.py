@@ -5,8 +5,8 @@
 Kinds: sigkill, sigterm, sigusr1, sigstop (of this process), nospace (files may no longer grow), bug (an error of the
 program), input (an error of the user), nan and inf (of the loss, or of one element of the gradient), differ (of a
 learning rate). Points: `step` before a step, `loss` and `gradient` after its forward, `write` in the middle of a
-checkpoint's files, `transition` between a transition and its checkpoint, `reset` before the moments are forgotten,
-`decision` when a stage is entered.
+checkpoint's files, `cache` in the middle of a shard of the teacher's cache (a process's shards, from 0), `transition`
+between a transition and its checkpoint, `reset` before the moments are forgotten, `decision` when a stage is entered.
 """
 
 from __future__ import annotations

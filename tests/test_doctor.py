@@ -1,6 +1,5 @@
 """`irkd doctor` on real processes: what is well, what is damaged, and processes that differ, hang or are not there."""
 
-import json
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from irkd_dist import doctor
+from irkd_dist import checkpoint, doctor
 from irkd_dist.config import Config, Data, Fixed
 from irkd_dist.data import shards
 from tests.training.conftest import STUDENT_YAML, teacher  # noqa: F401  (a fixture)
@@ -84,8 +83,10 @@ def test_a_teacher_of_other_classes(
 ) -> None:
     other = shutil.copytree(teacher, tmp_path / "other")
     for file in other.rglob("state.json"):
-        state = json.loads(file.read_text())
-        file.write_text(json.dumps({**state, "classes": [*state["classes"][:-1], "unicorn"]}))
+        content = checkpoint.read(file.parent)
+        state = {k: v for k, v in content.state.items() if k not in ("version", "sha256")}
+        state["classes"] = [*state["classes"][:-1], "unicorn"]
+        checkpoint.save(file.parent, content.student, content.optimizer, state)
     file = tmp_path / "student.yaml"
     file.write_text(STUDENT_YAML.format(shards=shapes, teacher=other, out=tmp_path))
     done = irkd("doctor", str(file), check=False)

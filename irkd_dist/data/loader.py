@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -127,18 +127,30 @@ class Loader:
             )
         return self._steps(epoch, start_step, lambda batches: batches[0])
 
-    def steps(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
-        """The batches of each of the share's slices, step by step of one epoch from `start_step` on.
+    def steps(
+        self, epoch: int, start_step: int = 0, chosen: Sequence[int] | None = None
+    ) -> Iterator[list[Batch]]:
+        """The batches of each of the share's slices, step by step of one epoch from `start_step` on, or the chosen.
 
         They are made ahead by threads that end with the iterator. Raises UserError when a shard can no longer be
         read or an image cannot be decoded.
         """
-        return self._steps(epoch, start_step, lambda batches: batches)
+        return self._steps(epoch, start_step, lambda batches: batches, chosen)
+
+    def samples(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Ids and positions, ascending, of the share's samples at a step, and the size of the global batch."""
+        rows = self._rows(epoch, step)
+        own = np.sort(np.concatenate([self._own(len(rows), part)[0] for part in self.share.own]))
+        return self.ids[rows[own]], own, len(rows)
 
     def _steps(
-        self, epoch: int, start_step: int, form: Callable[[list[Batch]], T]
+        self,
+        epoch: int,
+        start_step: int,
+        form: Callable[[list[Batch]], T],
+        chosen: Sequence[int] | None = None,
     ) -> Generator[T, None, None]:
-        steps = range(start_step, self.steps_per_epoch)
+        steps = range(start_step, self.steps_per_epoch) if chosen is None else chosen
         made = _ahead(lambda step: _mark(self._make(epoch, step)), steps, self.workers, self.device)
         with contextlib.closing(made):
             while True:
@@ -154,15 +166,23 @@ class Loader:
         return self._views.take(0, rows)[0], self._tensor(self.labels[rows])
 
     def _make(self, epoch: int, step: int) -> list[Batch]:
-        shuffle = self.view.augment is not None
-        rows = sampler.global_batch(self.seed, epoch, step, len(self), self.batch, shuffle, self.least)
+        rows = self._rows(epoch, step)
         return [self._slice(epoch, step, rows, part) for part in self.share.own]
+
+    def _rows(self, epoch: int, step: int) -> np.ndarray:
+        """The global batch."""
+        shuffle = self.view.augment is not None
+        return sampler.global_batch(self.seed, epoch, step, len(self), self.batch, shuffle, self.least)
+
+    def _own(self, n: int, part: int) -> tuple[np.ndarray, bool]:
+        """Positions of a slice in a global batch of n samples, and whether they are its own; else the first one."""
+        own = sampler.share(n, part, self.share.parts)
+        return (own, True) if len(own) else (np.zeros(1, np.int64), False)
 
     def _slice(self, epoch: int, step: int, rows: np.ndarray, part: int) -> Batch:
         n, augment = len(rows), self.view.augment
-        own = sampler.share(n, part, self.share.parts)
-        weight = 0.0 if len(own) == 0 else self.share.parts / n if augment else 1.0
-        own = own if len(own) else np.zeros(1, np.int64)
+        own, has_some = self._own(n, part)
+        weight = 0.0 if not has_some else self.share.parts / n if augment else 1.0
         draw = augment.draw(epoch) if augment else 0
         if augment and augment.mixes:
             images, full, soft_labels = self._mixed(draw, step, rows, own)
@@ -234,7 +254,7 @@ class Loader:
 
 
 def _ahead(
-    make: Callable[[int], T], steps: range, workers: int, device: torch.device
+    make: Callable[[int], T], steps: Sequence[int], workers: int, device: torch.device
 ) -> Generator[T, None, None]:
     """Yield make(step) for each step in order, made by threads a few steps ahead.
 

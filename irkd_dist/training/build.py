@@ -20,11 +20,12 @@ from irkd_dist.data.loader import EVALUATION_BATCH, Loader
 from irkd_dist.data.sampler import Share
 from irkd_dist.data.views import View
 from irkd_dist.distill import methods, models
+from irkd_dist.distill.cache import CachedTeacher
 from irkd_dist.distill.measure import TappedModel
 from irkd_dist.distill.module import Distiller, Objective
 from irkd_dist.distill.teacher import Teacher, freeze
 from irkd_dist.errors import UserError
-from irkd_dist.training import curriculum, engines, optim, preflight, restore, virtual
+from irkd_dist.training import answers, curriculum, engines, optim, preflight, restore, virtual
 from irkd_dist.training.curriculum import StagePlan
 from irkd_dist.training.engines import Engine
 
@@ -41,6 +42,7 @@ class Parts:
     module: nn.Module  # Distiller in the engine's wrapper
     optimizer: torch.optim.Optimizer  # its groups hold the learning rate; the engine steps it
     teacher: Teacher | None
+    answers: CachedTeacher | None  # the teacher in the loop, where it has a cache
     taps: list[str]  # module paths in the student; empty if it has none that the method reads
     identity: dict[str, Any]  # written into every checkpoint: model, classes, normalisation, digests
     notes: list[str]  # what a user should know before the first step
@@ -116,7 +118,8 @@ def build(config: Config, engine: Engine) -> Parts:
     }
     plan = _plan(config, stages, folders)
     parts = Parts(
-        config, engine, manifest, plan, student, module, optimizer, teacher, taps, identity, notes
+        config, engine, manifest, plan, student, module, optimizer, teacher,
+        answers.cached(config, engine, teacher), taps, identity, notes,
     )  # fmt: skip
     if engine.settles and engine.world > 1:
         preflight.settle(parts)
@@ -126,19 +129,25 @@ def build(config: Config, engine: Engine) -> Parts:
 def loaders(parts: Parts, stage: StagePlan) -> tuple[Loader, Loader]:
     """The training loader of a stage and the one it is validated with (test split if there is no validation)."""
     config, engine, manifest = parts.config, parts.engine, parts.manifest
-    data, count = config.data, config.data.virtual_ranks
+    count = config.data.virtual_ranks
     carried = Share(engine.world, (engine.rank,))
     if count is not None and virtual.exact(count, engine.world):
         carried = Share(count, tuple(virtual.carried(count, engine.rank, engine.world)))
+    train = train_loader(parts, stage, carried)
+    return train, evaluation_loader(config, manifest, engine, held_out(manifest), stage.resolution)
+
+
+def train_loader(parts: Parts, stage: StagePlan, carried: Share) -> Loader:
+    """The training loader of a stage for what a process carries of each batch."""
+    config, engine, manifest, data = parts.config, parts.engine, parts.manifest, parts.config.data
     micro_batches = carried.parts * config.optim.accumulate
     full = max(manifest.resolutions) if full_view(config) else None
-    train = Loader(
+    return Loader(
         Dataset(Path(data.shards), manifest, "train", data.subset, verify="size"),
         View(stage.resolution, config.augment, full, manifest.mode),
         batch=stage.batch, seed=config.seed, share=carried, work=_work(config, engine),
         least=2 * micro_batches if models.has_batch_norm(parts.student) else 1,
     )  # fmt: skip
-    return train, evaluation_loader(config, manifest, engine, held_out(manifest), stage.resolution)
 
 
 def evaluation_loader(
@@ -241,11 +250,11 @@ def _teacher(
         )
         mean, std = (torch.tensor(v, device=engine.device).view(3, 1, 1) for v in (network.mean, network.std))
         renormalize = (ours_std / std, (ours_mean - mean) / std)
-    inner_gradient = saliency.gamma > 0 and methods.inner_gradient(saliency.method)
+    # explicit attention on a CPU with and without maps: as quick, and runs of both kinds can share a cache's logits
     if restore.teacher_sharded(config, engine):  # shards are of one type, and reach the device one by one
-        model = freeze(network.model, None, inner_gradient, engine.device)
+        model = freeze(network.model, None, True, engine.device)
     else:
-        model = freeze(network.model.to(engine.device), engine.autocast, inner_gradient, engine.device)
+        model = freeze(network.model.to(engine.device), engine.autocast, True, engine.device)
     return Teacher(model, paths, saliency.method, engine.autocast, renormalize)
 
 

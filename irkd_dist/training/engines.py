@@ -261,6 +261,7 @@ class Zero(Engine):
 
     def _wrap(self, distiller: Distiller, accumulate: int) -> nn.Module:
         deepspeed = import_deepspeed()
+        before = {k: _to_cpu(v) for k, v in distiller.student.state_dict().items()}
         alone = "LOCAL_RANK" not in os.environ  # a single process without a launcher; DeepSpeed asks for it
         os.environ.setdefault("LOCAL_RANK", "0")
         with _without_launchers_choices():
@@ -272,7 +273,38 @@ class Zero(Engine):
             )
         if alone:
             del os.environ["LOCAL_RANK"]
+        if self._stage > 0:
+            self._check_state(before)
         return self._deepspeed
+
+    def _check_state(self, before: Mapping[str, Tensor]) -> None:
+        """Put known moments into DeepSpeed's partitions, whose fields are private, and read them and the weights back.
+
+        Raises:
+            UserError: on every rank alike: this version keeps its state elsewhere than the ones that we know.
+        """
+        put: dict[str, Tensor] = {}
+        for i, (name, _) in enumerate(self.student.named_parameters()):
+            shape, count = before[name].shape, before[name].numel()
+            put[f"step.{name}"] = torch.tensor(3.0)  # one count for a partition of several
+            for j, key in enumerate(MOMENTS):
+                put[f"{key}.{name}"] = (torch.arange(count) % 1021 + i + j / 2).float().view(shape)
+        self.load_moments(put)
+        weights, got = self.weights(), self.moments()
+        self.reset_moments()
+        same = not self.main or (
+            all(torch.equal(weights[k], v) for k, v in before.items())
+            and got.keys() == put.keys()
+            and all(torch.equal(got[k], v) for k, v in put.items())
+        )
+        answer = [same]
+        if self.world > 1:
+            dist.broadcast_object_list(answer)
+        if not answer[0]:
+            raise UserError(
+                f"deepspeed {import_deepspeed().__version__} does not give back weights and moments as they were put "
+                "into its ZeRO partitions: checkpoints would be wrong; use deepspeed>=0.16,<0.20, or engine=fsdp2"
+            )
 
     @contextmanager
     def micro_batch(self, last: bool):

@@ -62,11 +62,24 @@ class Run:
         if self.parts.config.track.samples:  # not else: it waits for the device
             self.seen[step] = [i for b in batches for i in b.ids[(b.weight > 0).cpu().numpy()].tolist()]
 
-    def log(self, means: dict[str, float], images: int, seconds: float, lr: float, update: Any) -> None:
+    def log(
+        self,
+        means: dict[str, float],
+        images: int,
+        seconds: float,
+        lr: float,
+        cache: dict[str, float],
+        update: Any,
+    ) -> None:
         """Write down the steps since the last line."""
         step, state = self.position.step, self.position.curriculum
         self.watch.step = step
-        rates = {"images_per_s": images / seconds, "data_wait": means.pop("wait_s") / seconds, "lr": lr}
+        rates = {
+            "images_per_s": images / seconds,
+            "data_wait": means.pop("wait_s") / seconds,
+            "lr": lr,
+            **cache,
+        }
         if images:
             timing = {"seconds": round(seconds, 4), **rates}
             self.tracker.event("train", step, stage=state.stage, **means, **timing)
@@ -129,7 +142,9 @@ def _folder_opened(
     distributed.barrier(engine)
     assert config.name is not None
     track, tree = config.track, configuration.to_dict(config)
-    tracker = Tracker(folder, engine.main, track.backend, track.mode, track.project, config.name, tree)
+    tracker = Tracker(
+        folder, engine.main, track.backend, track.mode, track.project, config.name, tree, requests.ask
+    )
     decisions = eventlog.read_decisions(folder, build.config_digest(config)) if engine.main else {}
     # one that counts on a best which is gone is taken anew
     gone = {text.partition(": ")[0] for text in resumed.lost}
@@ -145,6 +160,8 @@ def _folder_opened(
             if engine.main:
                 tracker.written(run.writer)
         finally:
+            if parts.answers is not None:
+                parts.answers.close()
             run.writer.close()
             tracker.written(run.writer)
             tracker.close()

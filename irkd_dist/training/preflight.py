@@ -124,7 +124,7 @@ def notes(config: Config, engine: Engine) -> list[str]:
         return []
     what = f"data.virtual_ranks={count} over {engine.world} process{'es' if engine.world > 1 else ''}"
     if not engine.exact:
-        return [f"{what}: {type(engine).__name__.lower()} adds gradients in an order of its own, so other worlds "
+        return [f"{what}: {engine.name} adds gradients in an order of its own, so other worlds "
                 "agree up to rounding only; engine=ddp gives the same bits"]  # fmt: skip
     if not virtual.exact(count, engine.world):
         return [f"{what}: no whole branches of the tree of sums, so other worlds agree up to rounding only; "
@@ -140,19 +140,20 @@ def settle(parts: Parts) -> None:
     Without it a resumed run would sum its first step in another order than an unbroken one.
     """
     loss, device, side = parts.config.loss, parts.engine.device, parts.plan.stages[0].resolution
-    # two: BatchNorm refuses a single value
-    image = torch.zeros(2, 3, side, side, device=device)
-    label = torch.zeros(2, dtype=torch.long, device=device)
+    # two that are aligned and two that are not: BatchNorm refuses a single value
+    count = 4
+    image = torch.zeros(count, 3, side, side, device=device)
+    label = torch.zeros(count, dtype=torch.long, device=device)
     targets = Targets()
     if parts.teacher is not None:
         # what it says of a blank image does not matter, which terms there are does
         full = parts.config.teacher is not None and parts.config.teacher.view == "full"
-        large = torch.zeros(2, 3, *[max(parts.manifest.resolutions)] * 2, device=device)
-        aligned = 1 if loss.saliency.gamma else 0
+        large = torch.zeros(count, 3, *[max(parts.manifest.resolutions)] * 2, device=device)
+        aligned = count // 2 if loss.saliency.gamma else 0
         targets = parts.teacher(large if full else image, label, aligned, logits=loss.kd.alpha > 0)
     buffers = {k: v.clone() for k, v in parts.student.named_buffers()}
     parts.module.train()
-    weight = torch.full((2,), 0.5, device=device)
+    weight = torch.full((count,), 1 / count, device=device)
     terms = parts.module(image, label, weight, targets, loss.kd.alpha, loss.saliency.gamma)
     parts.engine.backward(terms["total"])
     parts.engine.discard()

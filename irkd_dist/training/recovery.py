@@ -61,6 +61,8 @@ def _go_back(run: Run, skipped: tuple[int, ...], otherwise: str) -> None:
         raise UserError(otherwise)
     restore.load(engine, content)
     position = restore.place(engine, content.state)
+    if position.stage_step == 0 and run.parts.plan.policy == "reset":
+        engine.reset_moments()  # as at each start of a stage: its checkpoint is from before
     run.position = replace(position, skipped=(), left_out=skipped)
     run.samples.go_on_from(position.step)
     run.tracker.event("rollback", position.step, checkpoint=name, left_out=list(skipped))

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from irkd_dist import faults
 from irkd_dist.config import Optim, Saliency
 from irkd_dist.data.loader import Batch
+from irkd_dist.distill.cache import CachedTeacher
 from irkd_dist.distill.module import Targets
 from irkd_dist.distill.teacher import Teacher
 from irkd_dist.training import curriculum, guard, optim, virtual
@@ -46,11 +47,14 @@ def take(parts: Parts, batches: list[Batch], alpha: float, gamma: float, step: i
     config, engine, terms = parts.config, parts.engine, []
     mine = torch.zeros((), device=engine.device)
     pieces = slices(batches, config.data.virtual_ranks, engine, config.optim.accumulate)
-    several, buffers = len(batches) > 1, None
+    several, buffers = len(batches) > 1, list(parts.student.buffers())
+    before = after = _flat(buffers)  # BatchNorm's statistics, which a forward changes
     for i, (rank, part, piece) in enumerate(pieces):
         torch.manual_seed(virtual.seed(config.seed, step, rank, part))
         with engine.micro_batch(last=i == len(pieces) - 1):
-            made = forward(parts.module, parts.teacher, config.loss.saliency, piece, alpha, gamma, step)
+            made = forward(
+                parts.module, parts.answers or parts.teacher, config.loss.saliency, piece, alpha, gamma, step
+            )
             if (
                 several
             ):  # a batch's weights make the mean over slices; the engine takes the one over processes
@@ -59,11 +63,11 @@ def take(parts: Parts, batches: list[Batch], alpha: float, gamma: float, step: i
             mine = torch.maximum(mine, (~torch.isfinite(loss.detach())).float())
             engine.backward(guard.poisoned(loss))
         terms.append({**made, "total": loss})
-        if several and buffers is None:  # BatchNorm's statistics are those of the first slice
-            buffers = [(b, b.clone()) for b in parts.student.buffers()]
-    for buffer, kept in buffers or ():
-        buffer.copy_(kept)
-    return Taken(terms, engine.step(), mine, sum((b.weight > 0).sum() for b in batches))
+        if i == (0 if several else len(pieces) - 1):  # of several slices the first one's count
+            after = _flat(buffers)
+    skipped = engine.step()
+    _put(buffers, [torch.where(skipped > 0, old, new) for old, new in zip(before, after, strict=True)])
+    return Taken(terms, skipped, mine, sum((b.weight > 0).sum() for b in batches))
 
 
 def slices(
@@ -94,7 +98,7 @@ def parts(batch: Batch, count: int) -> list[Batch]:
 
 def forward(
     module: nn.Module,
-    teacher: Teacher | None,
+    teacher: Teacher | CachedTeacher | None,
     spec: Saliency,
     batch: Batch,
     alpha: float,
@@ -124,7 +128,10 @@ def forward(
     targets = Targets()
     if teacher is not None:
         images = batch.images if batch.full is None else batch.full
-        targets = teacher(images, target, aligned, logits=alpha > 0)
+        if isinstance(teacher, CachedTeacher):
+            targets = teacher(images, target, batch.ids, batch.draw, aligned, logits=alpha > 0)
+        else:
+            targets = teacher(images, target, aligned, logits=alpha > 0)
     scale = batch.size / chosen if chosen else 1.0
     return module(batch.images, target, batch.weight, targets, alpha, gamma if chosen else 0.0, scale)
 
@@ -140,6 +147,22 @@ def learning_rate(
     if policy == "rewarm" and position.curriculum.stage > 0:
         factor *= optim.rewarm_factor(position.stage_step, spec.rewarm_steps)
     return plan.stages[position.curriculum.stage].lr * factor
+
+
+def _flat(buffers: list[Tensor]) -> list[Tensor]:
+    """Copies of all buffers as one tensor for each type: a model may have hundreds of small ones."""
+    return [torch.cat([b.reshape(-1) for b in same]) for same in _by_type(buffers)]
+
+
+def _put(buffers: list[Tensor], flat: list[Tensor]) -> None:
+    """Put back what `_flat` gave."""
+    for same, values in zip(_by_type(buffers), flat, strict=True):
+        pieces = values.split([b.numel() for b in same])
+        torch._foreach_copy_(same, [p.view_as(b) for p, b in zip(pieces, same, strict=True)])  # type: ignore[attr-defined]
+
+
+def _by_type(buffers: list[Tensor]) -> list[list[Tensor]]:
+    return [[b for b in buffers if b.dtype == dtype] for dtype in dict.fromkeys(b.dtype for b in buffers)]
 
 
 def _faulty(loss: Tensor, student: nn.Module, engine: Engine, step: int) -> Tensor:

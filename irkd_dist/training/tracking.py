@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -45,6 +44,7 @@ class Tracker:
         main: whether this process is rank 0.
         backend: `none`, `wandb` or `tensorboard`.
         mode, project, name, config: for W&B; in a sweep its agent sets the run's id by environment.
+        ask: called with a reason when the backend wants the run to end.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Tracker:
         project: str,
         name: str,
         config: dict[str, Any],
+        ask: Callable[[str], None],
     ) -> None:
         self.main = main
         self.console = console(quiet=not main)
@@ -68,7 +69,7 @@ class Tracker:
         self._pending: collections.deque[bytes] = collections.deque()
         self._full = False
         if backend == "wandb":
-            self._backend = _Wandb(run, mode, project, name, config, self.say)
+            self._backend = _Wandb(run, mode, project, name, config, self.say, ask)
         elif backend == "tensorboard":
             self._backend = _tensorboard(run, config)
 
@@ -343,7 +344,7 @@ class _Wandb:
 
     def __init__(
         self, run: Path, mode: Literal["online", "offline"], project: str, name: str, config: dict[str, Any],
-        say: Callable[[str], None],
+        say: Callable[[str], None], ask: Callable[[str], None],
     ) -> None:  # fmt: skip
         try:
             import wandb
@@ -359,7 +360,7 @@ class _Wandb:
 
         def stop() -> None:  # a function: W&B copies its settings deeply, and a method's object with them
             self.told_to_stop = True
-            os.kill(os.getpid(), signal.SIGTERM)  # the loop ends all ranks at the same step
+            ask("W&B's stop")  # the loop ends all ranks at the same step
 
         own = {"stop_fn": stop, "finish_timeout": self.FINISH_S}
         chosen = {k: v for k, v in own.items() if k in known and f"WANDB_{k.upper()}" not in os.environ}

@@ -13,6 +13,7 @@ from irkd_dist.config import Config
 from irkd_dist.data import sampler
 from irkd_dist.data.loader import Loader
 from irkd_dist.training import (
+    answers,
     bookends,
     build,
     curriculum,
@@ -82,7 +83,7 @@ def _train_epoch(run: Run, stage: _Stage, loader: Loader, update: Any) -> bool:
     logged, logged_at, waited = sums.clone(), time.perf_counter(), loader.wait_s
     seconds = run.position.seconds
     epoch_began = time.perf_counter() - seconds
-    for batches in loader.steps(run.position.epoch, run.position.epoch_step):
+    for batches in answers.steps(parts, loader, run.position, stage.alpha, stage.gamma):
         at = run.position.step
         faults.inject("step", at, engine.rank)
         lr = step.learning_rate(parts.config.optim, parts.plan, run.position, stage.steps, stage.run_steps)
@@ -107,9 +108,12 @@ def _train_epoch(run: Run, stage: _Stage, loader: Loader, update: Any) -> bool:
         seconds = time.perf_counter() - epoch_began
         if run.position.step % track.log_every == 0 or last:
             means, images = metrics.means(engine, sums - logged, parts.config.loss)
-            run.log(means, images, time.perf_counter() - logged_at, lr, update)
+            elapsed = time.perf_counter() - logged_at
+            run.log(means, images, elapsed, lr, answers.counted(parts, elapsed), update)
             logged, logged_at = sums.clone(), time.perf_counter()
         if due and not last and (run.asked or not run.position.skipped):
+            if parts.answers is not None:
+                parts.answers.write_soon()  # a resumed run does not ask for what lies before its checkpoint
             saving.save(run, sums=distributed.total(engine, sums), seconds=seconds)
             if run.asked:
                 saving.stop(run)
@@ -121,6 +125,7 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     """Validate, let rank 0 decide, write it down, and move the position to the next epoch or stage."""
     parts, engine, tracker, before = run.parts, run.parts.engine, run.tracker, run.position.curriculum
     started, at, resolution = time.perf_counter(), run.position.step, loader.resolution
+    answers.end_epoch(parts, tracker, at)
     tokens = len(loader) * build.tokens_per_image(parts.student, resolution)
     judged = distributed.broadcast(  # by rank 0's clock
         engine,
@@ -131,7 +136,7 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     sums = torch.tensor(run.position.sums, device=engine.device)
     means, images = metrics.means(engine, sums, parts.config.loss)
     seconds = time.perf_counter() - started
-    best_name = f"{runfolder.BEST}/{runfolder.best_name(before.stage, at)}"
+    best_name = runfolder.best_name(before.stage, at)
     state, decision = _decide(run, accuracy, best_name, run.position.seconds + seconds, tokens)
 
     shown = "  ".join(f"{k} {means[k]:.4f}" for k in ("total", "ce", "kd", "saliency") if k in means)
@@ -200,6 +205,7 @@ def _enter(run: Run, loader: Loader, skill: float) -> _Stage:
         ),
     )
     restore.load_stage_teacher(parts, number)
+    notes = answers.enter(parts, number, loader)
     if position.stage_step == 0 and parts.plan.policy == "reset":
         faults.inject("reset", position.step, engine.rank)
         engine.reset_moments()
@@ -217,7 +223,7 @@ def _enter(run: Run, loader: Loader, skill: float) -> _Stage:
             "precision": str(engine.autocast), "threads": torch.get_num_threads(), "torch": torch.__version__,
         },
     )  # fmt: skip
-    for note in loader.notes:
+    for note in (*loader.notes, *notes):
         run.tracker.say(note)
     now = time.perf_counter()
     run.tracker.event(

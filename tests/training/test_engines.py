@@ -129,11 +129,11 @@ def test_any_engine_goes_on_from_any_others_checkpoint(
     arguments = ["train", str(folder / "student.yaml"), f"name={name}", *TWENTY, *more]
     stop = {"IRKD_FAULT": f"sigterm@step:13:{world - 1}"}
     stopped = irkd(*arguments, f"engine={saved_by}", world=world, env=stop, check=False)
-    assert "stopped at step 14 (rank" in stopped.stdout
+    assert "stopped at step 15 (rank" in stopped.stdout
     assert "SIGTERM" in stopped.stdout
     assert checkpoint.newest(folder / name / "checkpoints")[
         0
-    ] == folder / name / "checkpoints" / checkpoint.name(14)
+    ] == folder / name / "checkpoints" / checkpoint.name(15)
     irkd(*arguments, f"engine={resumed_by}", world=new_world)
     told, expected = losses(folder / name), losses(unbroken(saliency))
     assert [e["step"] for e in told] == list(range(1, 21))

@@ -67,3 +67,12 @@ def test_running_statistics_are_alike_at_a_transition(student_yaml: Path) -> Non
     for engine in ("ddp", "zero2"):
         run = [f"name={engine}", f"engine={engine}", "curriculum.epochs=1"]
         irkd("train", str(student_yaml), *run, *student, world=2)
+
+
+def test_saliency_of_a_convolutional_student_begins_where_its_last_grid_is_a_single_value(
+    student_yaml: Path,
+) -> None:
+    """BatchNorm refuses a batch of one there, also in the forward that is thrown away before the first step."""
+    more = ["student.name=test_resnet", "student.patch=null", "student.options={}", "curriculum.epochs=1"]
+    taps = ["loss.saliency.taps=[[layer1,blocks.1]]", "curriculum.stages=[{resolution: 16}]"]
+    assert "16 px  epoch   1/1" in irkd("train", str(student_yaml), *more, *taps, world=2).stdout
