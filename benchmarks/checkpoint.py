@@ -29,8 +29,9 @@ from irkd_dist.data import render
 from irkd_dist.data.sources import open_source
 from irkd_dist.distill import models
 from irkd_dist.distill.module import Distiller, Objective
-from irkd_dist.runfolder import read_events
+from irkd_dist.eventlog import read_events
 from irkd_dist.training import engines, optim
+from irkd_dist.writer import Writer
 
 
 def costs(model: str, rounds: int, folder: Path) -> dict[str, object]:
@@ -50,7 +51,7 @@ def costs(model: str, rounds: int, folder: Path) -> dict[str, object]:
     accelerator.prepare(optimizer)
     ours, theirs, writes, target = [], [], [], folder
     for number in range(rounds + 1):
-        writer = checkpoint.Writer()
+        writer = Writer()
         start = time.perf_counter()
         content = checkpoint.Content(engine.weights(), engine.moments(), {"step": number})
         target = folder / "ours" / checkpoint.name(number)

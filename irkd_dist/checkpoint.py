@@ -1,8 +1,7 @@
 """Checkpoints that belong to no engine: weights and moments by name in safetensors, the rest in JSON.
 
 A checkpoint is written to a temporary folder, synced, and renamed; state.json holds the checksums of all three files.
-So a folder that has the final name and whose checksums agree is whole, and nothing else is. `Writer` does this in a
-thread while training goes on.
+So a folder that has the final name and whose checksums agree is whole, and nothing else is.
 """
 
 from __future__ import annotations
@@ -10,12 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import queue
 import shutil
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +19,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from irkd_dist import faults, runfolder
+from irkd_dist import faults, files, runfolder, typed
 from irkd_dist.errors import Passing, UserError, unreadable
 from irkd_dist.runfolder import OPTIMIZER, STATE, STUDENT
 
 FORMAT_VERSION = 1
-_OWN = (
-    f'"{STATE}": "%s"'  # the line of state.json that holds its own checksum: of the text with that line empty
-)
+# the line of state.json that holds its own checksum: of the text with that line empty
+_OWN = f'"{STATE}": "%s"'
 
 
 def save(
@@ -57,17 +51,17 @@ def save(
         own = hashlib.sha256(text.encode()).hexdigest()
         (temporary / STATE).write_text(text.replace(_OWN % "", _OWN % own, 1))
         _sync_and_digest(temporary / STATE)
-        runfolder.sync_folder(temporary)
+        files.sync_folder(temporary)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-        runfolder.sync_folder(folder.parent)
+        files.sync_folder(folder.parent)
     except (OSError, SafetensorError) as error:
         faults.heal()
         shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent if folder.parent.exists() else Path()).free / 2**20
+        free = files.free_space(folder.parent)
         raise UserError(
-            f"cannot write checkpoint {folder}: {error} ({free:.0f} MiB free); earlier checkpoints are untouched"
+            f"cannot write checkpoint {folder}: {error}{free}; earlier checkpoints are untouched"
         ) from error
 
 
@@ -80,92 +74,6 @@ class Content:
     state: dict[str, Any]
 
 
-@dataclass
-class Written:
-    """How a write went: seconds it took beside the training, and why it failed, if it did."""
-
-    name: str
-    step: int
-    seconds: float
-    error: str | None = None
-
-
-@dataclass
-class _Order:
-    name: str
-    step: int
-    folders: list[tuple[Path, Content]]
-    afterwards: Callable[[], None]
-
-
-@dataclass
-class Writer:
-    """Writes checkpoints in a thread, one after the other, in order.
-
-    An order is several folders of one moment, such as a stage's best and the run's newest, which refers to it. What
-    fails stays owed and is tried again with the next order, and no later checkpoint is written before it: the newest
-    complete one never refers to one that is missing. At most one order waits: a second one blocks until there is room.
-    """
-
-    _orders: queue.Queue[_Order | None] = field(default_factory=lambda: queue.Queue(maxsize=1))
-    _done: queue.SimpleQueue[Written] = field(default_factory=queue.SimpleQueue)
-    _owed: list[tuple[Path, Content]] = field(default_factory=list)
-    _thread: threading.Thread | None = None
-
-    def submit(
-        self, name: str, step: int, folders: list[tuple[Path, Content]], afterwards: Callable[[], None]
-    ) -> None:
-        """Write all of `folders`, the newest last; then call `afterwards`, in the thread, if all are whole."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="irkd-checkpoint", daemon=True)
-            self._thread.start()
-        self._orders.put(_Order(name, step, folders, afterwards))
-
-    def results(self) -> list[Written]:
-        """What was written, or failed, since the last call."""
-        found = []
-        while not self._done.empty():
-            found.append(self._done.get())
-        return found
-
-    def wait(self) -> None:
-        """Return when all orders are done."""
-        self._orders.join()
-
-    def close(self) -> None:
-        """Finish all orders and end the thread."""
-        if self._thread is not None:
-            self._orders.put(None)
-            self._thread.join()
-            self._thread = None
-
-    def _run(self) -> None:
-        while (order := self._orders.get()) is not None:
-            started, error = time.perf_counter(), None
-            # a newer checkpoint replaces an older one of its kind, `step-` or `best/stage-03-step-`
-            newer = {_kind(folder) for folder, _ in order.folders}
-            self._owed = [*(o for o in self._owed if _kind(o[0]) not in newer), *order.folders]
-            try:
-                while self._owed:
-                    folder, content = self._owed[0]
-                    save(folder, content.student, content.optimizer, content.state)
-                    del self._owed[0]
-                order.afterwards()
-            except UserError as failure:
-                error = str(failure)
-            except (
-                Exception
-            ) as failure:  # whatever it is: a thread that ends would let the training wait for ever
-                error = f"cannot write checkpoint {order.name}: {failure!r}"
-            self._done.put(Written(order.name, order.step, time.perf_counter() - started, error))
-            self._orders.task_done()
-        self._orders.task_done()
-
-
-def _kind(folder: Path) -> tuple[Path, str]:
-    return folder.parent, folder.name.rpartition("-")[0]
-
-
 def load_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint folder.
 
@@ -174,8 +82,8 @@ def load_state(folder: Path) -> dict[str, Any]:
     """
     file = folder / STATE
     try:
-        data = runfolder.read_bytes(file)
-        state = runfolder.parse(data)
+        data = files.read(file)
+        state = typed.parse(data)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is no checkpoint: it has no {STATE}") from None
     except OSError as error:
@@ -204,12 +112,10 @@ def _altered(state: dict[str, Any], data: bytes) -> str | None:
             return "its checksum differs"
     elif f'"{STATE}": "'.encode() in data:
         return "its checksum is not where it belongs"
-    return runfolder.wrong_type(state, _TYPES) or runfolder.wrong_type(
-        state.get("curriculum", {}), _CURRICULUM_TYPES
-    )
+    return typed.wrong_type(state, _TYPES) or typed.wrong_type(state.get("curriculum", {}), _CURRICULUM_TYPES)
 
 
-_counts, _numbers = runfolder.list_of(runfolder.is_count), runfolder.list_of(runfolder.is_number)
+_counts, _numbers = typed.list_of(typed.is_count), typed.list_of(typed.is_number)
 
 
 def _is_best(value: object) -> bool:
@@ -221,22 +127,22 @@ def _is_normalisation(value: object) -> bool:
 
 
 _TYPES = {
-    **dict.fromkeys(("epoch_step", "epoch", "step", "stage_step"), runfolder.is_count),
+    **dict.fromkeys(("epoch_step", "epoch", "step", "stage_step"), typed.is_count),
     **dict.fromkeys(("skipped", "left_out"), _counts),
-    **dict.fromkeys(("curriculum", "model", "config"), runfolder.is_mapping),
+    **dict.fromkeys(("curriculum", "model", "config"), typed.is_mapping),
     **dict.fromkeys(("mean", "std"), _is_normalisation),
-    **dict.fromkeys(("classes", "taps"), runfolder.list_of(runfolder.is_text)),
-    **dict.fromkeys(("data_digest", "package_version", "method"), runfolder.is_text),
-    "teacher_digest": runfolder.optional(runfolder.is_text),
-    "stage_bests": runfolder.list_of(_is_best),
-    "sums": runfolder.list_of(runfolder.is_real),
-    "seconds": runfolder.is_number,
+    **dict.fromkeys(("classes", "taps"), typed.list_of(typed.is_text)),
+    **dict.fromkeys(("data_digest", "package_version", "method"), typed.is_text),
+    "teacher_digest": typed.optional(typed.is_text),
+    "stage_bests": typed.list_of(_is_best),
+    "sums": typed.list_of(typed.is_real),
+    "seconds": typed.is_number,
     "finished": lambda value: isinstance(value, bool),
 }
 _CURRICULUM_TYPES = {
-    **dict.fromkeys(("stage", "epoch", "best_epoch"), runfolder.is_count),
-    **dict.fromkeys(("seconds", "tokens", "best_accuracy"), runfolder.is_number),
-    "best_checkpoint": runfolder.optional(_is_best),
+    **dict.fromkeys(("stage", "epoch", "best_epoch"), typed.is_count),
+    **dict.fromkeys(("seconds", "tokens", "best_accuracy"), typed.is_number),
+    "best_checkpoint": typed.optional(_is_best),
 }
 
 
@@ -392,7 +298,7 @@ def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 def _read(file: Path, state: dict[str, Any]) -> dict[str, Tensor]:
     try:
-        data = runfolder.read_bytes(file)
+        data = files.read(file)
     except FileNotFoundError:
         raise UserError(f"{file} is missing") from None
     except OSError as error:

@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from irkd_dist import __version__
+from irkd_dist.data import arguments as render_arguments
 from irkd_dist.errors import (
     EXIT_STOPPED,
     EXIT_USER,
@@ -20,10 +20,11 @@ from irkd_dist.errors import (
     Stopped,
     UserError,
     keep_traceback,
+    one_line,
     place,
     printable,
     say,
-)
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         if error.said or (error.said is None and os.environ.get("LOCAL_RANK", "0") != "0"):
             # leave it to the one that says it: then the launcher ends all. If it does not, say it too
             time.sleep(5)
-        for line in str(error).splitlines() if not error.said else ():
-            say(f"irkd: {place()}error: {line}")
+        if not error.said:
+            say(f"irkd: {place()}error: {error}")
         return EXIT_USER
     except Lost as error:
         say(f"irkd: {error}")
@@ -62,9 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1  # whoever read has read enough
     except Exception as error:
         kept = keep_traceback(error, getattr(arguments, "folder", None))
-        reason = " ".join(str(error).split()) or "no reason given"
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        say(f"irkd: {place()}error: {kind}{reason} ({kept})")
+        say(f"irkd: {place()}error: {kind}{printable(one_line(error))} ({kept})")
         _tell_torchrun(error)
         return EXIT_USER if isinstance(error, OSError) else 1
 
@@ -95,20 +95,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"irkd_dist {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    _render_options(
-        _command(commands, "render", "images -> WebDataset shards at every resolution", help_option=False)
-    )
+    what = "images -> WebDataset shards at every resolution"
+    render = _command(commands, "render", what, help_option=False)
+    render_arguments.add_to(render)
+    render.set_defaults(call=_render)
 
     train = _command(commands, "train", "train a teacher or a student; the same command resumes")
     train.add_argument("config", help="YAML file; those that ship with the package are named configs/...")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="or --key=value, as sweeps send it")
     train.add_argument("--print-config", action="store_true", help="show the configuration and stop")
     train.add_argument("--print-folder", action="store_true", help="show the run folder and stop")
-    train.add_argument(
-        "--extend",
-        action="store_true",
-        help="more epochs or stages than the run was started with, also if it is done",
-    )
+    more = "more epochs or stages than the run was started with, also if it is done"
+    train.add_argument("--extend", action="store_true", help=more)
     train.set_defaults(call=_train)
 
     doctor = _command(commands, "doctor", "check machine, processes, data and one step before a run")
@@ -123,13 +121,8 @@ def _parser() -> argparse.ArgumentParser:
 
     requeue = _command(commands, "requeue", "after a job of irkd train: is it to run again?")
     requeue.add_argument("run", type=Path, help="run folder")
-    requeue.add_argument(
-        "--limit",
-        type=int,
-        default=3,
-        metavar="N",
-        help="restarts in a row without a new checkpoint (default 3)",
-    )
+    limit = "restarts in a row without a new checkpoint (default 3)"
+    requeue.add_argument("--limit", type=int, default=3, metavar="N", help=limit)
     requeue.add_argument("--owner", metavar="ATTEMPT", help="refuse if the run folder's `owner` is another")
     requeue.set_defaults(call=_requeue)
 
@@ -199,75 +192,8 @@ def _command(
     return commands.add_parser(name, help=what, description=about, add_help=help_option, allow_abbrev=False)
 
 
-_SOURCES = ("parquet", "cifar10", "idx", "folder", "wds", "synthetic")
-_OPTIONS_OF = {  # options of `irkd render` that only some sources have
-    "path": ("parquet", "cifar10", "idx", "folder", "wds"),
-    "image_column": ("parquet",),
-    "label_column": ("parquet",),
-    "download": ("cifar10",),
-    "samples": ("synthetic",),
-    "size": ("synthetic",),
-}
-
-
-def _render_options(render: argparse.ArgumentParser) -> None:
-    add = render.add_argument
-    add(
-        "source",
-        choices=_SOURCES,
-        help="`irkd render SOURCE --help` shows what it has; docs/data.md its layouts",
-    )
-    add("--path", type=Path, help="where the source's files are")
-    add("--out", type=Path, required=True, help="folder of the shards")
-    add("--resolutions", required=True, metavar="R,R,...", help="in pixels, e.g. 12,16,20,24,28,32")
-    add("--mode", choices=["resize", "crop"], default="resize",
-        help="resize: antialiased, at every resolution; crop: the full-size image only, to crop from")  # fmt: skip
-    add("--fit", choices=["crop", "squash", "pad"], default="crop",
-        help="of images that are not square: their centre (default), squashed, or whole on black")  # fmt: skip
-    add("--encoding", choices=["png", "npy", "webp", "jpg"], default="png")
-    add(
-        "--classes", metavar="NAMES", help="names or an order of the classes: a,b,c or a file with one a line"
-    )
-    add("--samples-per-shard", type=int, default=2000, metavar="N")
-    add("--val-fraction", type=float, default=0.1, metavar="F", help="held out of train (default 0.1)")
-    add("--seed", type=int, default=42, help="of the held-out choice and of synthetic images")
-    add("--workers", type=int, default=1, metavar="N", help="processes; no influence on the result")
-    add("--max-bad", type=int, default=0, metavar="N", help="unreadable images skipped before it stops")
-    add("--limit", type=int, metavar="N", help="samples of each split at most")
-    add("--dataset", help="name in the manifest")
-    add("--overwrite", action="store_true", help="replace another render in --out")
-    add("--part", metavar="I/N", help="render the I-th of N parts only (1-based), no manifest yet")
-    add("--image-column", help="if there are several")
-    add("--label-column", help="if there are several")
-    add("--download", action="store_true", help="fetch CIFAR-10 into --path first")
-    add("--samples", metavar="train=N,test=N", help="default train=4000,test=1000")
-    add("--size", type=int, help="of the images in pixels (default: the largest resolution)")
-    add("-h", "--help", action=_HelpOfSource, help="of a source if one is named before")
-    render.set_defaults(call=_render)
-
-
-class _HelpOfSource(argparse._HelpAction):
-    """--help after a source: without the options of the others."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *rest: Any) -> None:
-        source = getattr(namespace, "source", None)
-        for action in parser._actions:
-            if source is not None and source not in _OPTIONS_OF.get(action.dest, _SOURCES):
-                action.help = argparse.SUPPRESS
-        super().__call__(parser, namespace, *rest)
-
-
-def _check_options(arguments: argparse.Namespace) -> None:
-    for option, sources in _OPTIONS_OF.items():
-        if getattr(arguments, option) not in (None, False) and arguments.source not in sources:
-            name = f"--{option.replace('_', '-')}"
-            raise UserError(
-                f"{name} is for source {' or '.join(sources)}, not {arguments.source}; leave it out"
-            )
-
-
 def _render(arguments: argparse.Namespace) -> int:
-    _check_options(arguments)
+    render_arguments.check(arguments)
     try:
         return _render_source(arguments)
     except KeyboardInterrupt:
@@ -281,21 +207,22 @@ def _render_source(arguments: argparse.Namespace) -> int:
         from irkd_dist.data.sources import naming, open_source
         from irkd_dist.training.tracking import count_bar
 
-    resolutions = _numbers(arguments.resolutions, "--resolutions")
+    resolutions = render_arguments.numbers(arguments.resolutions, "--resolutions")
     options = render.Options(
         resolutions, arguments.mode, arguments.encoding, arguments.samples_per_shard, arguments.val_fraction,
         arguments.seed, arguments.limit, arguments.dataset, arguments.workers, arguments.max_bad, arguments.fit,
+        arguments.white,
     )  # fmt: skip
     render.check(options)
     source = open_source(
         arguments.source, arguments.path, image_column=arguments.image_column, label_column=arguments.label_column,
-        download=arguments.download, samples=_samples(arguments.samples), seed=arguments.seed,
+        download=arguments.download, samples=render_arguments.samples(arguments.samples), seed=arguments.seed,
         size=max(resolutions) if arguments.size is None else arguments.size,
         classes=naming.given(arguments.classes) if arguments.classes is not None else None,
     )  # fmt: skip
     with count_bar("shards") as (progress, tell):
         manifest = render.render(
-            source, arguments.out, options, overwrite=arguments.overwrite, part=_part(arguments.part),
+            source, arguments.out, options, overwrite=arguments.overwrite, part=render_arguments.part(arguments.part),
             progress=progress, warn=lambda text: tell(f"warning: {printable(text)}"),
         )  # fmt: skip
     if manifest is not None:
@@ -309,11 +236,13 @@ def _render_source(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     with _imports():
         from irkd_dist import verify
+        from irkd_dist.training.tracking import count_bar
 
     problems = 0
-    for problem in verify.verify(arguments.path):
-        print(printable(problem), flush=True)
-        problems += 1
+    with count_bar("files", pause_s=10) as (progress, tell):
+        for problem in verify.verify(arguments.path, progress):
+            tell(printable(problem))
+            problems += 1
     print(printable(f"{arguments.path}: {f'{problems} problems' if problems else 'all as it should be'}"))
     return 1 if problems else 0
 
@@ -370,7 +299,7 @@ def _teach(arguments: argparse.Namespace) -> int:
         from irkd_dist.training.tracking import count_bar
 
     with count_bar("batches") as (progress, say):
-        part = _part(arguments.part) or (0, 1)
+        part = render_arguments.part(arguments.part) or (0, 1)
         done = teach(loaded, part=part, epochs=arguments.epochs, progress=progress, say=say)
     if os.environ.get("RANK", "0") == "0":
         print(
@@ -401,14 +330,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     with _imports():
         from irkd_dist import evaluate
 
-    resolutions = list(_numbers(arguments.resolutions, "--resolutions")) if arguments.resolutions else None
+    sizes = arguments.resolutions and list(render_arguments.numbers(arguments.resolutions, "--resolutions"))
     result = evaluate.evaluate(
-        arguments.run,
-        which=arguments.which,
-        split=arguments.split,
-        resolutions=resolutions,
-        data=arguments.data,
-    )
+        arguments.run, which=arguments.which, split=arguments.split, resolutions=sizes, data=arguments.data
+    )  # fmt: skip
     evaluate.show(result)
     return 0
 
@@ -437,31 +362,3 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     demo.demo(arguments.out)
     return 0
-
-
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} {text!r} is not a list of whole numbers such as 12,16,20") from None
-
-
-def _part(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    number, slash, count = text.partition("/")
-    if not slash or not number.isdecimal() or not count.isdecimal() or not 1 <= int(number) <= int(count):
-        raise UserError(f"--part {text!r} is not of the form I/N with I from 1 to N")
-    return int(number) - 1, int(count)
-
-
-def _samples(text: str | None) -> dict[str, int] | None:
-    if text is None:
-        return None
-    result = {}
-    for item in text.split(","):
-        split, _, count = item.partition("=")
-        if split not in ("train", "val", "test") or not count.isdecimal() or len(count) > 12:
-            raise UserError(f"--samples {text!r} is not of the form train=4000,test=1000")
-        result[split] = int(count)
-    return result

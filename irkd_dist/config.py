@@ -102,12 +102,10 @@ class Teacher:
     # run folder (its best checkpoint is taken) or checkpoint folder; its content is compared by digest
     run: Annotated[str | None, OPERATIONAL, PATH] = None
     model: Model | None = None  # instead of a run; its weights from model.weights or model.pretrained
-    view: Literal["matched", "full"] = (
-        "matched"  # resolution the teacher sees: the student's, or the largest stored
-    )
-    schedule: Literal["final", "aligned"] = (
-        "final"  # aligned: stage i of n gets the teacher as of (i + 1) / n of its run
-    )
+    # resolution the teacher sees: the student's, or the largest stored
+    view: Literal["matched", "full"] = "matched"
+    # aligned: stage i of n gets the teacher as of (i + 1) / n of its run
+    schedule: Literal["final", "aligned"] = "final"
     # spread its parameters over the processes (FSDP2): for one too large for a device
     shard: Annotated[bool, OPERATIONAL] = False
     # feed it its own mean and std where they differ from the shards'; left out: true for teacher.model
@@ -126,9 +124,7 @@ class Kd:
     alpha: NonNegativeFloat = 0.0  # weight; 0 is off
     kind: Literal["soft", "hard"] = "soft"
     temperature: PositiveFloat = 4.0
-    follow_teacher: bool = (
-        False  # scale alpha by the teacher's measured competence at each stage's resolution
-    )
+    follow_teacher: bool = False  # scale alpha by the teacher's measured competence at a stage's resolution
     __pydantic_config__ = _strict
 
 
@@ -138,9 +134,8 @@ class Saliency:
 
     gamma: NonNegativeFloat = 0.0  # weight; 0 is off
     method: str = "gradient"  # a file of irkd_dist/distill/methods
-    taps: str | list[Any] = field(
-        default_factory=lambda: ["first", "second", "last"]
-    )  # or all, numbers, pairs [s, t]
+    # or all, numbers, pairs [s, t]
+    taps: str | list[Any] = field(default_factory=lambda: ["first", "second", "last"])
     normalization: Literal["minmax", "l2"] = "minmax"
     every: Positive = 1  # computed on every k-th step
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the batch
@@ -177,9 +172,8 @@ class Stage(Ends):
 
     resolution: Side
     epochs: Positive | None = None  # at most; null: curriculum.epochs
-    teacher: Annotated[str | None, PATH] = (
-        None  # checkpoint folder for this stage; null: the teacher's schedule
-    )
+    # checkpoint folder for this stage; null: the teacher's schedule
+    teacher: Annotated[str | None, PATH] = None
     __pydantic_config__ = _strict
 
 
@@ -256,9 +250,8 @@ class Track:
     mode: Literal["online", "offline"] = "offline"  # of W&B; offline needs no account
     project: str = "irkd"
     log_every: Positive = 20  # steps between loss lines
-    panels: Annotated[int, Field(ge=0, le=1024)] = (
-        4  # images whose saliency panels are kept at the end of each stage
-    )
+    # images whose saliency panels are kept at the end of each stage
+    panels: Annotated[int, Field(ge=0, le=1024)] = 4
     samples: bool = False  # write down which samples each step saw, in samples/ of the run folder
     __pydantic_config__ = _strict
 
@@ -391,9 +384,12 @@ def stage_lr(config: Config, resolution: int) -> float:
     return config.optim.lr * {"none": 1.0, "sqrt": ratio**0.5, "linear": ratio}[rule]
 
 
-def semantic_keys(tree: dict[str, Any]) -> dict[str, Any]:
+def semantic_keys(tree: Any, prefix: str = "") -> dict[str, Any]:
     """The keys of a tree of plain values that change the numbers, as `a.b: value`."""
-    return {key: value for key, value in _flatten(tree).items() if not keys.is_operational(Config, key)}
+    if isinstance(tree, dict) and tree:
+        parts = (semantic_keys(below, f"{prefix}.{key}".lstrip(".")) for key, below in tree.items())
+        return {key: value for part in parts for key, value in part.items()}
+    return {} if keys.is_operational(Config, prefix) else {prefix: tree}
 
 
 def semantic_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -498,13 +494,12 @@ def check_engine(config: Config, engine: str) -> None:
 
 def check_resolutions(config: Config, patch: int, role: str) -> None:
     """Every resolution must be a multiple of the patch size of `role` (student or teacher)."""
-    for key, resolution in _resolutions(config).items():
-        if resolution % patch:
-            lower = resolution // patch * patch
+    for i, stage in enumerate(stages(config)):
+        size, lower = stage.resolution, stage.resolution // patch * patch
+        if size > lower:
+            key = f"curriculum.stages[{i}].resolution" if config.fixed is None else "fixed.resolution"
             choices = " or ".join(str(r) for r in (lower, lower + patch) if r > 0)
-            raise UserError(
-                f"{key}={resolution} is not a multiple of patch size {patch} ({role}); use {choices}"
-            )
+            raise UserError(f"{key}={size} is not a multiple of patch size {patch} ({role}); use {choices}")
 
 
 def folder_of(config: Config) -> Path:
@@ -518,15 +513,6 @@ def student_distilled(config: Config) -> bool:
     if config.student.distilled == "auto":
         return config.loss.kd.alpha > 0 and config.student.name in PAPER_MODELS
     return config.student.distilled
-
-
-def _resolutions(config: Config) -> dict[str, int]:
-    if config.fixed is not None:
-        return {"fixed.resolution": config.fixed.resolution}
-    assert config.curriculum is not None
-    return {
-        f"curriculum.stages[{i}].resolution": s.resolution for i, s in enumerate(config.curriculum.stages)
-    }
 
 
 def _with_defaults(values: Any) -> Any:
@@ -564,12 +550,3 @@ def _check_name(name: str | None, where: reading.Origin) -> None:
 def _run_name(file: Path, seed: object) -> str:
     sweep = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
     return f"{file.stem}-seed{seed}" + (f"-{sweep}" if sweep else "")
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        result |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ def create_student(
         "drop_path": spec.drop_path,
         "options": {**named.options, **spec.options},
     }
-    model, notes = _create(spec, "student", named, arguments, read_weights)
+    model, notes = _create(spec, "student", named, arguments)
     own = _own_normalisation(spec, named) if spec.pretrained and spec.weights is None else None
     if own is not None and normalisation is not None and not _near((*own[0], *own[1]), normalisation):
         notes.append(
@@ -114,23 +113,17 @@ def _timm_teacher(config: Config, manifest: shards.Manifest) -> Network:
             f"{where}: its pretrained head has {classes} classes, the shards have {len(manifest.classes)}; fine-tune "
             "it first (irkd train with student.pretrained=true)"
         )
+    as_named = False if own.name in PAPER_MODELS else None
     arguments = {
         "name": named.architecture,
         "classes": len(manifest.classes),
         "patch": own.patch,
         "image_size": own.image_size or max(manifest.resolutions),
-        "distilled": None
-        if own.distilled == "auto" and own.name not in PAPER_MODELS
-        else own.distilled is True,
+        "distilled": as_named if own.distilled == "auto" else own.distilled,
         "options": {**named.options, **own.options},
     }
-    model, notes = _create(
-        replace(own, pretrained=own.pretrained or comes_with_weights),
-        "teacher.model",
-        named,
-        arguments,
-        read_weights,
-    )
+    wanted = replace(own, pretrained=own.pretrained or comes_with_weights)
+    model, notes = _create(wanted, "teacher.model", named, arguments)
     if models.is_distilled(model):  # outside training both heads are averaged
         model.set_distilled_training(False)  # type: ignore[operator]
     mean, std, said = _teachers_normalisation(config, manifest, named)
@@ -178,15 +171,11 @@ def _short(values: tuple[float, ...]) -> str:
 
 
 def _create(
-    spec: Model,
-    key: str,
-    named: hub.Named,
-    arguments: dict[str, Any],
-    read: Callable[[Path, str], tuple[dict[str, Any], list[str]]] = weights.read,
+    spec: Model, key: str, named: hub.Named, arguments: dict[str, Any]
 ) -> tuple[nn.Module, list[str]]:
     """Create the network of `spec`, the configuration's `key`, and load the weights that it starts from.
 
-    named: what its name stands for; arguments: of `models.create_model`; read: what reads `spec.weights`.
+    named: what its name stands for; arguments: of `models.create_model`.
 
     Returns:
         The network, and notes on what was chosen, changed and left out.
@@ -196,7 +185,7 @@ def _create(
     """
     if spec.weights is not None:
         model, where = models.create_model(**arguments), f"{key}.weights={spec.weights}"
-        return model, _load(model, *read(Path(spec.weights), where), where, spec, key)
+        return model, _load(model, *read_weights(Path(spec.weights), where), where, spec, key)
     if named.weights is not None or named.repository:
         model, where = models.create_model(**arguments), f"{key}.name={spec.name}"
         if not spec.pretrained:
@@ -245,18 +234,14 @@ def _own_normalisation(
     spec: Model, named: hub.Named
 ) -> tuple[tuple[float, float, float], tuple[float, float, float], str] | None:
     """(mean, std, why) that a network with foreign weights wants its input normalised by; None if nothing says so."""
-    mean, std = named.cfg.get("mean"), named.cfg.get("std")
-    if (
-        not mean
-        or not std
-        or (named.weights is None and not named.repository and spec.name in models.PAPER_MODELS)
-    ):
-        return None
-    source = (
-        "its config.json"
-        if named.weights or named.repository
-        else f"timm's description of {named.architecture}"
+    mean, std, described = (
+        named.cfg.get("mean"),
+        named.cfg.get("std"),
+        bool(named.weights or named.repository),
     )
+    if not mean or not std or (not described and spec.name in models.PAPER_MODELS):
+        return None
+    source = "its config.json" if described else f"timm's description of {named.architecture}"
     return _three(mean, spec), _three(std, spec), source
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from irkd_dist import config as configuration
 from irkd_dist import evaluate, report
 from irkd_dist.data import render
 from irkd_dist.data.sources import open_source
+from irkd_dist.training import tracking
 from irkd_dist.training.train import train
 
 SAMPLES = {"train": 4500, "test": 1000}
@@ -20,24 +19,26 @@ RESOLUTIONS = (16, 24, 32)
 def demo(out: Path) -> None:
     """Run everything below folder `out` and print what came out; a second call goes on or shows the result again."""
     started = time.perf_counter()
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]1. Drawing {SAMPLES['train']} shapes and rendering them at {RESOLUTIONS} px")
+    console = tracking.console()
+    console.print(
+        f"1. Drawing {SAMPLES['train']} shapes and rendering them at {RESOLUTIONS} px", style="bold"
+    )
     shards = out / "shards"
     source = open_source("synthetic", None, samples=SAMPLES, size=max(RESOLUTIONS))
     render.render(source, shards, render.Options(RESOLUTIONS, samples_per_shard=1000, workers=2))
 
     common = [f"data.shards={shards}", f"out={out}"]
-    console.print("[bold]2. Training a teacher at 32 px")
+    console.print("2. Training a teacher at 32 px", style="bold")
     teacher = train(configuration.load("configs/demo/teacher.yaml", common), owns_process=True)
-    console.print("[bold]3. Distilling a student: logits, saliency, three resolutions")
+    console.print("3. Distilling a student: logits, saliency, three resolutions", style="bold")
     student = train(
         configuration.load("configs/demo/student.yaml", [*common, f"teacher.run={teacher['run']}"]),
         owns_process=True,
     )
-    console.print("[bold]4. The same student without a teacher")
+    console.print("4. The same student without a teacher", style="bold")
     baseline = train(configuration.load("configs/demo/baseline.yaml", common), owns_process=True)
 
-    console.print("[bold]5. Measuring and reporting")
+    console.print("5. Measuring and reporting", style="bold")
     result = evaluate.evaluate(Path(student["run"]))
     evaluate.show(result)
     page = report.write([Path(student["run"])], None)

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from irkd_dist import __version__, configured, slurm
@@ -33,7 +32,7 @@ from irkd_dist.config import Config, Fixed
 from irkd_dist.data import sampler, shards
 from irkd_dist.distill import measure
 from irkd_dist.distill.models import parameter_count
-from irkd_dist.errors import UserError
+from irkd_dist.errors import UserError, one_line
 from irkd_dist.training import (
     bookends,
     build,
@@ -48,9 +47,8 @@ from irkd_dist.training import (
 from irkd_dist.training.engines import Engine
 
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "safetensors", "wandb")
-PATIENCE_S = (
-    300.0  # of one check (DeepSpeed compiles at its first use), then a process does not answer: it ends
-)
+# of one check (DeepSpeed compiles at its first use), then a process does not answer: it ends
+PATIENCE_S = 300.0
 REACH_S = 20.0  # for the launcher's port to answer
 VISIBLE_S = 15.0  # for a file to be seen by every process; NFS clients may remember a folder for some seconds
 MIB, GIB = 2**20, 2**30
@@ -391,11 +389,12 @@ def _step(job: build.Parts, number: int) -> str:
     peak, kind = _peak(engine)
     slowest = _slowest(engine, seconds)
     text = f"{slowest:.3f} s, {size / slowest:,.0f} images/s, peak {peak / GIB:.2f} GiB {kind} a process"
-    total = (
-        torch.cuda.get_device_properties(engine.device).total_memory if engine.device.type == "cuda" else 0
-    )
-    if total and peak > 0.9 * total:
-        raise Warn(f"{text}, of {total / GIB:.0f}: little is left; a smaller data.batch or more processes")
+    if engine.device.type == "cuda":
+        total = torch.cuda.get_device_properties(engine.device).total_memory
+        if peak > 0.9 * total:
+            raise Warn(
+                f"{text}, of {total / GIB:.0f}: little is left; a smaller data.batch or more processes"
+            )
     if taps:
         raise Warn(f"{text}; {taps}")
     return f"{text}; validation and panels run"
@@ -452,7 +451,7 @@ class _Examination:
         self.who = f"rank {self.rank} on {socket.gethostname()}"
         self.levels: list[str] = []
         self.started = time.monotonic()
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = tracking.console()
 
     def __call__(self, name: str, check: Callable[[], str], alike: bool = False) -> bool:
         """Run a check on every process; True unless it fails. `alike`: processes that differ are a failure."""
@@ -463,17 +462,15 @@ class _Examination:
             except Warn as warning:
                 found = Finding("warn", str(warning), self.who)
             except (UserError, OSError, RuntimeError) as error:
-                found = Finding("FAIL", " ".join(str(error).split()) or type(error).__name__, self.who)
+                found = Finding("FAIL", one_line(error), self.who)
             findings = distributed.gather(self.engine, found)
         worst = max(findings, key=lambda f: list(COLOURS).index(f.level))
         level, text = worst.level, worst.text
         if level != "ok" and any(f.text != text for f in findings):
             text = f"{worst.who}: {text}"
         elif alike and (other := next((f for f in findings if f.text != text), None)):
-            level, text = (
-                "FAIL",
-                f"{worst.who} has {text}; {other.who} has {other.text}: install the same everywhere",
-            )
+            level = "FAIL"
+            text = f"{worst.who} has {text}; {other.who} has {other.text}: install the same everywhere"
         self._print(name, level, text)
         return level != "FAIL"
 
@@ -512,14 +509,9 @@ class _Examination:
         failed, warned = self.levels.count("FAIL"), self.levels.count("warn")
         seconds = f"{time.monotonic() - self.started:.0f} s"
         if self.rank == 0:
-            if failed:
-                print(f"not ready: {failed} check{'s' if failed > 1 else ''} failed ({seconds})")
-            else:
-                print(
-                    "ready"
-                    + (f", with {warned} warning{'s' if warned > 1 else ''}" if warned else "")
-                    + f" ({seconds})"
-                )
+            warnings = f", with {warned} warning{'s' * (warned > 1)}" if warned else ""
+            failures = f"not ready: {failed} check{'s' * (failed > 1)} failed"
+            print(f"{failures if failed else f'ready{warnings}'} ({seconds})")
         return 1 if failed else 0
 
     @contextlib.contextmanager
@@ -547,5 +539,5 @@ class _Examination:
             self._line(name, level, text)
 
     def _line(self, name: str, level: str, text: str) -> None:
-        self.console.print(f"[{COLOURS[level]}]{level:<4}[/]", end="  ")
-        self.console.print(f"{name:<14} {text}", markup=False)
+        self.console.print(f"{level:<4}", style=COLOURS[level], end="  ")
+        self.console.print(f"{name:<14} {text}")

@@ -11,17 +11,27 @@ import unicodedata
 from pathlib import Path
 
 EXIT_USER, EXIT_STOPPED = 2, 75  # 75: EX_TEMPFAIL, try again later
+LONGEST = 2000  # characters of a message
+
+_NO_TEXT = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's categories of controls, surrogates, line and paragraph ends
+# what a network file system answers while it is away, or a disk
+AWAY = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EHOSTDOWN, errno.ENOTCONN, errno.ESHUTDOWN
+}  # fmt: skip
 
 
 class UserError(Exception):
     """Something in the input, the configuration or the machine is wrong; exit code 2.
 
-    The message names the value, where it came from and what would be right.
+    The message names the value, where it came from and what would be right. Here it becomes one line that any terminal
+    can show, whatever the value holds.
     """
 
-    said: bool | None = (
-        None  # another process has printed it; None: not known, then one on each host prints it
-    )
+    # another process has printed it; None: not known, then one on each host prints it
+    said: bool | None = None
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_cut(printable(message)))
 
 
 class Passing(UserError):
@@ -40,30 +50,33 @@ class Stopped(Exception):
     """A signal asked the run to stop, and its checkpoint is written; exit code 75. The same command goes on."""
 
 
-# what a network file system answers while it is away, or a disk
-AWAY = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EAGAIN,
-    errno.EHOSTDOWN,
-    errno.ENOTCONN,
-    errno.ESHUTDOWN,
-}
-
-
-_NO_TEXT = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's categories of controls, surrogates, line and paragraph ends
-
-
 def unreadable(file: Path, error: OSError) -> UserError:
     """The error of a file that is there and cannot be read: `Passing` if the file system may come back."""
     kind = Passing if error.errno in AWAY else UserError
-    return kind(f"{file} cannot be read: {error.strerror or error}")
+    return kind(f"{file} cannot be read: {reason(error)}")
 
 
 def printable(text: str) -> str:
     """Text that any terminal, page or picture can show: control characters and lone surrogates are escaped."""
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in _NO_TEXT else c for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error of a library, which may have several lines or none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def reason(error: BaseException) -> str:
+    """Why a file cannot be read or written, without the file's name, which the message has already."""
+    return (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+
+
+def _cut(text: str) -> str:
+    """A text that is too long without its middle: what is wrong stands at its start, what is right at its end."""
+    if len(text) <= LONGEST:
+        return text
+    half = LONGEST // 2 - 30
+    return f"{text[:half]} ... ({len(text) - 2 * half} characters) ... {text[-half:]}"
 
 
 def say(line: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from irkd_dist import config as configuration
-from irkd_dist import configured, networks, runfolder
+from irkd_dist import configured, files, networks, runfolder
 from irkd_dist.config import Config
 from irkd_dist.data import shards
 from irkd_dist.data.loader import Batch, Loader
@@ -99,10 +99,8 @@ def show(result: dict[str, Any]) -> None:
     for size, accuracy in result["accuracy"].items():
         row = [f"{size} px", f"{accuracy:.2%}"]
         if result["agreement"]:
-            row += [
-                f"{result['agreement'][size]['mse']:.4f}",
-                f"{result['agreement'][size]['correlation']:.3f}",
-            ]
+            maps = result["agreement"][size]
+            row += [f"{maps['mse']:.4f}", f"{maps['correlation']:.3f}"]
         if result["pointing"]:
             row.append(f"{result['pointing'][size]:.2%}")
         rows.append(row)
@@ -200,15 +198,24 @@ def _pointing(task: _Task, split: str, size: int, batches: list[Batch]) -> float
     stored = size if task.manifest.mode == "resize" else task.manifest.resolutions[-1]
     opened = shards.open_split(Path(task.config.data.shards), task.manifest, split, stored, verify="size")
     with contextlib.closing(opened):
-        hits = [
-            measure.pointing_hits(student.maps(b.images, b.labels), _masks(opened, b.ids)) for b in batches
-        ]
+        hits = []
+        for batch in batches:
+            masks = torch.stack([_mask(opened, int(i), stored) for i in batch.ids])
+            hits.append(measure.pointing_hits(student.maps(batch.images, batch.labels), masks))
     return float(torch.cat(hits).float().mean())
 
 
-def _masks(opened: shards.Split, ids: Any) -> Tensor:
-    encoded = [opened.mask(int(i)) for i in ids]
-    return torch.stack([shards.decode(m, "png")[0] > 127 for m in encoded if m is not None])
+def _mask(opened: shards.Split, i: int, size: int) -> Tensor:
+    try:
+        mask = shards.decode(opened.mask(i) or b"", "png")
+        if mask.shape[1:] != (size, size):
+            raise ValueError(f"it has {tuple(mask.shape[1:])} pixels, not {(size, size)}")
+    except ValueError as error:
+        raise UserError(
+            f"{opened.where(i)}: the mask of sample {opened.keys[i]} cannot be read: {error}; render again: the same "
+            "`irkd render` command replaces what is damaged"
+        ) from error
+    return mask[0] > 127
 
 
 @torch.no_grad()
@@ -262,10 +269,7 @@ def _write(path: Path, network: Network, result: dict[str, Any], other_data: str
     which = network.folder.name if path == network.folder else _which(run, network)
     parts = [result["split"], *result["accuracy"], which, *(["data", other_data] if other_data else [])]
     file = run / runfolder.EVALUATION / ("-".join(parts) + ".json")
-    try:
-        runfolder.write(file, json.dumps(result, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write the result {file}: {error.strerror or error}") from error
+    files.write(file, json.dumps(result, indent=1) + "\n")
 
 
 def _which(run: Path, network: Network) -> str:

@@ -32,9 +32,8 @@ class Network:
     taps: tuple[str, ...]
     method: str
     folder: Path  # the checkpoint it came from
-    state: dict[str, Any] = field(
-        default_factory=dict
-    )  # of that checkpoint; empty for a model that is no run's
+    # of that checkpoint; empty for a model that is no run's
+    state: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what was skipped on the way to it, and why
 
 

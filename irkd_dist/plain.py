@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from irkd_dist.errors import UserError, unreadable
+from irkd_dist.errors import UserError, one_line, printable, unreadable
 
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 2**20, 50, 100_000
 _TAG = "tag:yaml.org,2002:"
@@ -134,7 +133,7 @@ def _parse(text: str | bytes, where: str) -> tuple[Any, int | None]:
     except yaml.YAMLError as error:
         raise UserError(f"{where}: {_reason(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{where}: {one_line(error)}") from error
     return value, node.end_mark.index
 
 
@@ -162,7 +161,7 @@ def _reason(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
         context = f"{error.context}: " if error.context else ""
         return f"line {error.problem_mark.line + 1}: {context}{error.problem}"
-    return " ".join(str(error).split())
+    return one_line(error)
 
 
 def _text(node: Node) -> str:
@@ -229,9 +228,7 @@ def odd(tree: Any) -> tuple[str, str] | None:
     """The first (key, what is wrong with it): a number that is not finite, a control character, or broken UTF-8."""
     for way, value in leaves(tree):
         for text in (*way, value):
-            if isinstance(text, str) and any(
-                unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text
-            ):
+            if isinstance(text, str) and printable(text) != text:
                 return path(way), f"{path(way)!r}: {text!r} has a control character, or is no UTF-8"
         if isinstance(value, float) and not math.isfinite(value):
             return path(way), f"{path(way)}={value}: input should be a finite number"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from irkd_dist import runfolder
-from irkd_dist.errors import UserError
+from irkd_dist import eventlog, runfolder, typed
+from irkd_dist.errors import UserError, printable
 
 SILENT = 120.0  # seconds without a sign of life after which "running" is doubted; a slow run's own pace counts more
 TROUBLE = ("skip", "rollback", "checkpoint_failed", "stop")
@@ -51,11 +51,13 @@ def read(run: Path, now: float | None = None) -> Status:
         UserError: not a run folder, or its files cannot be read.
     """
     now = time.time() if now is None else now
-    log = runfolder.read_log(run)
+    log = eventlog.read_log(run)
     stages, by_tokens = _stages(run)
-    everything = runfolder.settled(log.events)
+    everything = eventlog.settled(log.events)
     events = [e for e in everything if e.get("stage", 0) in range(len(stages))]
     others = len(everything) - len(events)
+    beyond = [f"{others} event{'s' * (others > 1)} of stages that {runfolder.CONFIG} does not have, left out"]
+    beyond = beyond if others else []
     told, damage = runfolder.read_status(run)
     kinds = {kind: [e for e in events if e["event"] == kind] for kind in ("train", "evaluation", "stage")}
     entered = kinds["stage"][-1] if kinds["stage"] else {"stage": 0, "resolution": stages[0][0], "step": 0}
@@ -89,7 +91,7 @@ def read(run: Path, now: float | None = None) -> Status:
         checkpoint[0] if checkpoint else None, max(now - checkpoint[1], 0.0) if checkpoint else None,
         max(len(starts) - 1, 0), starts[-1].get("world") if starts else None,
         {k: n for k in TROUBLE if (n := sum(e["event"] == k for e in events))}, left,
-        [*([damage] if damage else []), *log.said(), *_beyond(others)],
+        [*([damage] if damage else []), *log.said(), *beyond],
     )  # fmt: skip
 
 
@@ -109,7 +111,7 @@ def show(status: Status) -> str:
         ("step", f"{s.step:,}" + (f" of {s.steps:,} at most" if s.steps and s.state != "finished" else "")),
     ]
     if s.reason:
-        rows.insert(0, ("why", runfolder.printable(s.reason)))
+        rows.insert(0, ("why", printable(s.reason)))
     if s.images_per_s is not None and s.step_s is not None and s.data_wait is not None:
         who = f" on {s.world} process{'es' if s.world != 1 else ''}" if s.world else ""
         waiting = f"{s.data_wait:.1%} of it waiting for images"
@@ -126,10 +128,8 @@ def show(status: Status) -> str:
     if s.left is not None:
         how = "an estimate" + (": later stages by their pixels" if s.stage + 1 < s.stages else "")
         rows.append(("left", f"about {runfolder.span(s.left)} of training at most ({how})"))
-    rows += [("damaged", runfolder.printable(text)) for text in s.damage]
-    return "\n".join(
-        [f"{runfolder.printable(s.run)}: {head}", *(f"  {name:<11} {text}" for name, text in rows)]
-    )
+    rows += [("damaged", printable(text)) for text in s.damage]
+    return "\n".join([f"{printable(s.run)}: {head}", *(f"  {name:<11} {text}" for name, text in rows)])
 
 
 def overview(path: Path, now: float | None = None) -> str:
@@ -146,7 +146,7 @@ def overview(path: Path, now: float | None = None) -> str:
             found = read(run, now)
             lines.append((found.age, _line(found)))
         except UserError as error:
-            lines.append((float("inf"), f"{runfolder.printable(run.name)}  damaged: {error}"))
+            lines.append((float("inf"), f"{printable(run.name)}  damaged: {error}"))
     if not lines:
         raise UserError(
             f"{path} is no run folder and holds none: none of its folders has a {runfolder.CONFIG}"
@@ -164,12 +164,7 @@ def _line(s: Status) -> str:
     parts += [f"about {runfolder.span(s.left)} left"] if s.left is not None else []
     parts += [s.reason] if s.reason else []
     parts += [f"damaged: {text}" for text in s.damage]
-    return runfolder.printable(f"{Path(s.run).name}  " + ", ".join(parts))
-
-
-def _beyond(count: int) -> list[str]:
-    what = f"{count} event{'s' * (count > 1)} of stages that {runfolder.CONFIG} does not have, left out"
-    return [what] if count else []
+    return printable(f"{Path(s.run).name}  " + ", ".join(parts))
 
 
 def _stages(run: Path) -> tuple[list[tuple[int, int]], bool]:
@@ -184,7 +179,7 @@ def _stages(run: Path) -> tuple[list[tuple[int, int]], bool]:
             by_tokens = plan.get("batch") == "tokens"
     except (LookupError, TypeError, AttributeError):
         stages, by_tokens = [], False
-    if not stages or not all(runfolder.is_count(v) and v > 0 for pair in stages for v in pair):
+    if not stages or not all(typed.is_count(v) and v > 0 for pair in stages for v in pair):
         raise UserError(f"{run / runfolder.CONFIG} names no stages with a resolution and epochs")
     return stages, by_tokens
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import statistics
@@ -17,7 +16,7 @@ import timm
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from irkd_dist import __version__, plain, runfolder
+from irkd_dist import __version__, eventlog, files, plain
 from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
 
@@ -57,7 +56,9 @@ def load(path: Path) -> Study:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}: {key}: {first['msg'].lower()} (a study has {_keys()})") from error
+        raise UserError(
+            f"{file}: {key}: {first['msg'].lower()} (a study has {', '.join(Study.__dataclass_fields__)})"
+        ) from error
 
 
 def run(study: Study, overrides: list[str], out: Path | None, command: str) -> str:
@@ -79,20 +80,16 @@ def run(study: Study, overrides: list[str], out: Path | None, command: str) -> s
             results.append(_result(path, name, seed, common))
             page = _page(study, teachers, results, command)
             if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(page)
+                files.write(out, page)
     return _page(study, teachers, results, command)
 
 
 def _train(path: str, name: str, seed: int | None, overrides: list[str]) -> None:
     print(f"== {name}{'' if seed is None else f', seed {seed}'}", flush=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "irkd_dist", *_arguments(path, seed, overrides)], check=False
-    )
+    arguments = _arguments(path, seed, overrides)
+    done = subprocess.run([sys.executable, "-m", "irkd_dist", *arguments], check=False)
     if done.returncode:
-        raise UserError(
-            f"{' '.join(['irkd', *_arguments(path, seed, overrides)])} ended with {done.returncode}"
-        )
+        raise UserError(f"{' '.join(['irkd', *arguments])} ended with {done.returncode}")
 
 
 def _arguments(path: str, seed: int | None, overrides: list[str]) -> list[str]:
@@ -102,7 +99,7 @@ def _arguments(path: str, seed: int | None, overrides: list[str]) -> list[str]:
 def _result(path: str, name: str, seed: int | None, overrides: list[str]) -> Result:
     arguments = _arguments(path, seed, overrides)
     config = configuration.load(path, arguments[2:])
-    events = runfolder.read_events(configuration.folder_of(config))
+    events = eventlog.read_events(configuration.folder_of(config))
     summary = next(e for e in reversed(events) if e["event"] == "summary")
     if "test_accuracy" not in summary:
         raise UserError(f"{config.data.shards} has no test split, and a study's table needs one")
@@ -140,20 +137,13 @@ def _figures(result: Result) -> str:
 
 
 def _mean_std(values: list[float], digits: int = 2) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else math.nan
-    return (
-        f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
-        if len(values) > 1
-        else f"{values[0]:.{digits}f}"
-    )
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def _machine() -> str:
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU ({_cpu()}, {os.cpu_count()} cores)"
-    )
+    cpu = f"CPU ({_cpu()}, {os.cpu_count()} cores)"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     return (
         f"Machine: {device}, OMP_NUM_THREADS {threads}. irkd_dist {__version__}, torch {torch.__version__}, "
@@ -169,7 +159,3 @@ def _cpu() -> str:
     return next(
         (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
     )
-
-
-def _keys() -> str:
-    return ", ".join(Study.__dataclass_fields__)

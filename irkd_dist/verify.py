@@ -6,7 +6,7 @@ It yields problems: lines that begin with the bad file, and name the sample wher
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,17 +17,23 @@ from irkd_dist.data import shards as format
 from irkd_dist.data.index import Index
 from irkd_dist.errors import UserError
 
+Progress = Callable[[int, int], None]
+
 _MOST_NAMED = 20  # bad samples of one file that are named
 
 
-def verify(path: Path) -> Iterator[str]:
-    """The problems of whatever lies at `path`. Raises UserError when that is nothing known."""
+def verify(path: Path, progress: Progress = lambda done, total: None) -> Iterator[str]:
+    """The problems of whatever lies at `path`; `progress` is called with (files or checkpoints done, in all).
+
+    Raises:
+        UserError: that is nothing known.
+    """
     if (path / format.MANIFEST).exists() or (path / format.PARTS).is_dir():
-        return shards(path)
+        return shards(path, progress)
     if (path / runfolder.STATE).exists():
         return iter(verify_runs.checkpoint_folder(path))
     if (path / runfolder.CONFIG).exists() or (path / runfolder.EVENTS).exists():
-        return iter(verify_runs.run(path))
+        return iter(verify_runs.run(path, progress))
     # here: caches and exports, each with a function of its own
     raise UserError(
         f"{path} is no folder of irkd shards ({format.MANIFEST} in it), no run folder ({runfolder.CONFIG}) and no "
@@ -35,41 +41,37 @@ def verify(path: Path) -> Iterator[str]:
     )
 
 
-def shards(folder: Path) -> Iterator[str]:
+def shards(folder: Path, progress: Progress) -> Iterator[str]:
     """The problems of a folder of shards: schema, checksums, index against tar, keys, labels, every image and mask."""
     try:
         manifest = format.load_manifest(folder)
     except UserError as error:
         yield str(error)
         return
-    for split in manifest.splits:
-        seen: dict[
-            int, tuple[str, np.ndarray]
-        ] = {}  # of each shard: keys' digest and labels at the first resolution
-        for resolution in manifest.resolutions:
-            for number, shard in enumerate(manifest.shards[f"r{resolution}"][split]):
-                path = folder / f"r{resolution}" / shard.name
-                if found := format.damage(path, shard):
-                    yield f"{path} {found}"
-                    continue
-                try:
-                    listed = format.scan(path, manifest.encoding)
-                except (ValueError, OSError) as error:
-                    yield f"{path} is not a shard of this manifest: {error}"
-                    continue
-                yield from (
-                    f"{path} {problem}" for problem in _one_shard(path, shard, listed, manifest, resolution)
-                )
-                facts = (
-                    hashlib.sha256("\n".join(listed.keys).encode(errors="replace")).hexdigest(),
-                    listed.labels,
-                )
-                if not _alike(seen.setdefault(number, facts), facts):
-                    yield f"{path} has other keys or labels than at {manifest.resolutions[0]} px"
-
-
-def _alike(one: tuple[str, np.ndarray], other: tuple[str, np.ndarray]) -> bool:
-    return one[0] == other[0] and np.array_equal(one[1], other[1])
+    everything = [
+        (resolution, (split, number), shard)
+        for split in manifest.splits
+        for resolution in manifest.resolutions
+        for number, shard in enumerate(manifest.shards[f"r{resolution}"][split])
+    ]
+    first: dict[tuple[str, int], str] = {}  # of each shard: digest of keys and labels at the first resolution
+    for done, (resolution, which, shard) in enumerate(everything):
+        progress(done, len(everything))
+        path = folder / f"r{resolution}" / shard.name
+        if found := format.damage(path, shard):
+            yield f"{path} {found}"
+            continue
+        try:
+            listed = format.scan(path, manifest.encoding)
+        except (ValueError, OSError) as error:
+            yield f"{path} is not a shard of this manifest: {error}"
+            continue
+        yield from (f"{path} {problem}" for problem in _one_shard(path, shard, listed, manifest, resolution))
+        content = "\n".join(listed.keys).encode(errors="replace") + listed.labels.tobytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if first.setdefault(which, digest) != digest:
+            yield f"{path} has other keys or labels than at {manifest.resolutions[0]} px"
+    progress(len(everything), len(everything))
 
 
 def _one_shard(

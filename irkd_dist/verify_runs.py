@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from irkd_dist import checkpoint, runfolder
+from irkd_dist import checkpoint, eventlog, files, runfolder
 from irkd_dist import config as configuration
-from irkd_dist.errors import Passing, UserError
+from irkd_dist.errors import Passing, UserError, unreadable
 from irkd_dist.report import reading
 from irkd_dist.training import panels
 
 REQUIRED = ("model", "classes", "mean", "std", "config", "curriculum", "data_digest")  # in a state.json
 
 
-def run(folder: Path) -> list[str]:
+def run(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
     """A line for each bad file of a run folder, which it names; none if all are whole.
+
+    `progress` is called with (checkpoints done, in all).
 
     Raises:
         Passing: the file system does not answer.
@@ -25,7 +28,10 @@ def run(folder: Path) -> list[str]:
     for problem in (runfolder.read_status(folder)[1], runfolder.read_restarts(folder)[1]):
         found += [f"{folder}/{problem}"] if problem else []
     kept = [*runfolder.steps(folder / runfolder.CHECKPOINTS), *runfolder.bests(folder)]
-    found += [problem for one in kept for problem in checkpoint_folder(one)]
+    for done, one in enumerate(kept):
+        progress(done, len(kept))
+        found += checkpoint_folder(one)
+    progress(len(kept), len(kept))
     with contextlib.suppress(UserError):  # named above
         state = checkpoint.load_state(kept[0]) if kept else {}
         found += [f"{folder / text}" for text in checkpoint.missing_bests(folder, state)]
@@ -74,7 +80,7 @@ def _other_config(folder: Path, trained: dict[str, Any] | None) -> list[str]:
 
 def _events(folder: Path) -> list[str]:
     try:
-        log = runfolder.read_log(folder)
+        log = eventlog.read_log(folder)
     except UserError as error:
         return [str(error)]
     file = folder / runfolder.EVENTS
@@ -88,10 +94,10 @@ def _samples(folder: Path) -> list[str]:
     found = []
     for file in sorted((folder / runfolder.SAMPLES).glob("*.jsonl")):
         try:
-            lines = runfolder.read_bytes(file).split(b"\n")
+            lines = files.read(file).split(b"\n")
         except OSError as error:
-            found.append(f"{file} cannot be read: {error.strerror or error}")
+            found.append(str(unreadable(file, error)))
             continue
-        bad = [n for n, line in enumerate(lines, 1) if line.strip() and runfolder.parse_samples(line) is None]
+        bad = [n for n, line in enumerate(lines, 1) if line.strip() and eventlog.parse_samples(line) is None]
         found += [f"{file} line {n}: no record of samples" for n in bad]
     return found

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 
 from irkd_dist import checkpoint
 from irkd_dist.data import sampler
-from irkd_dist.runfolder import read_events, read_samples
+from irkd_dist.eventlog import read_events, read_samples
 from tests.training.launch import REPOSITORY
 
 IMAGES, BATCH, EPOCH_STEPS = 110, 32, 4

@@ -15,6 +15,7 @@ import torch
 
 from irkd_dist import checkpoint
 from irkd_dist.errors import Passing, UserError, unreadable
+from irkd_dist.writer import Writer
 
 
 def write(folder: Path, step: int) -> Path:
@@ -120,7 +121,7 @@ def test_of_what_could_not_be_written_only_the_newest_of_its_kind_stays_owed(tmp
     """A disk that is full for a night must not fill the memory with every best of it."""
     best, newest = tmp_path / "best", tmp_path / "checkpoints"
     best.write_text("in the way")
-    writer = checkpoint.Writer()
+    writer = Writer()
     for step in (1, 2, 3, 4):
         if step == 4:
             best.unlink()
@@ -250,4 +251,4 @@ def test_a_pipe_in_a_checkpoint_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(bad / checkpoint.STUDENT)
     found, (said,) = checkpoint.newest(tmp_path)
     assert found == good
-    assert "no plain file" in said
+    assert "it is a FIFO, not a file" in said

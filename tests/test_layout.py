@@ -62,7 +62,8 @@ def test_data_and_distill_know_nothing_of_training() -> None:
 
 
 def test_run_folders_and_checkpoints_are_read_without_training() -> None:
-    for file in ("runfolder.py", "networks.py", "configured.py", "checkpoint.py", "faults.py", "config.py"):
+    names = "runfolder eventlog files typed networks configured checkpoint writer faults config"
+    for file in (f"{name}.py" for name in names.split()):
         assert not any(n.startswith("irkd_dist.training") for n in imports(PACKAGE / file)), file
 
 
@@ -100,7 +101,7 @@ def test_only_runfolder_spells_the_names_of_a_run_folder() -> None:
 
 
 def test_run_folders_are_looked_at_without_torch() -> None:
-    code = "import sys; from irkd_dist import runfolder, status; from irkd_dist.training import requeue\n"
+    code = "import sys; from irkd_dist import eventlog, runfolder, status; from irkd_dist.training import requeue\n"
     code += "assert not {'torch', 'numpy', 'safetensors'} & set(sys.modules), sorted(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from irkd_dist import checkpoint, evaluate, networks, report, runfolder, verify_runs
+from irkd_dist import checkpoint, evaluate, eventlog, networks, report, verify_runs
 from irkd_dist import config as configuration
 from irkd_dist.data import shards
 from irkd_dist.errors import UserError
@@ -146,7 +146,7 @@ def test_maps_of_unequal_grids_have_an_average() -> None:
 
 
 def test_the_start_says_command_sizes_and_images(trained: Path) -> None:
-    start = runfolder.read_events(trained / "student")[0]
+    start = eventlog.read_events(trained / "student")[0]
     assert start["images"] == {"train": 110, "val": 13, "test": 20}
     assert (
         start["teacher_parameters"] == start["parameters"] - 32 - 32 * 10 - 10 - 32

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from irkd_dist import runfolder
+from irkd_dist import eventlog, files, runfolder
 from irkd_dist.errors import UserError
 
 TRAIN = {
@@ -32,18 +32,18 @@ def write(run: Path, *lines: bytes) -> Path:
 
 
 def event(**values: Any) -> bytes:
-    return runfolder.event_line({"event": "start", "step": 0, "time": 1.0, **values})
+    return eventlog.event_line({"event": "start", "step": 0, "time": 1.0, **values})
 
 
 def test_every_flipped_bit_of_a_line_is_found_or_harmless(tmp_path: Path) -> None:
-    whole = [event(), runfolder.event_line(TRAIN), event(event="stop", step=4)]
-    expected = runfolder.read_log(write(tmp_path, *whole)).events
+    whole = [event(), eventlog.event_line(TRAIN), event(event="stop", step=4)]
+    expected = eventlog.read_log(write(tmp_path, *whole)).events
     assert expected[1] == TRAIN  # the checksum is no part of what is read
     line = whole[1]
     for bit in range(8 * len(line)):
         altered = bytearray(line)
         altered[bit // 8] ^= 1 << bit % 8
-        log = runfolder.read_log(write(tmp_path, whole[0], bytes(altered), whole[2]))
+        log = eventlog.read_log(write(tmp_path, whole[0], bytes(altered), whole[2]))
         at_the_end = bit // 8 == len(line) - 1  # the line break: it and the next line are one
         kept = expected[:1] + (expected[2:] if not at_the_end else [])
         content = [{k: e[k] for k in x if k in e} for e, x in zip(log.events, expected, strict=False)]
@@ -75,7 +75,7 @@ def test_every_flipped_bit_of_a_line_is_found_or_harmless(tmp_path: Path) -> Non
     ],
 )  # fmt: skip
 def test_a_bad_line_is_left_out_and_named(tmp_path: Path, line: bytes, why: str) -> None:
-    log = runfolder.read_log(write(tmp_path, event(), line + b"\n", event(step=1)))
+    log = eventlog.read_log(write(tmp_path, event(), line + b"\n", event(step=1)))
     assert [e["step"] for e in log.events] == [0, 1]
     ((number, told),) = log.left_out
     assert number == 2
@@ -84,7 +84,7 @@ def test_a_bad_line_is_left_out_and_named(tmp_path: Path, line: bytes, why: str)
 
 
 def test_lines_of_earlier_releases_have_no_checksum_and_are_read(tmp_path: Path) -> None:
-    log = runfolder.read_log(
+    log = eventlog.read_log(
         write(tmp_path, json.dumps(TRAIN).encode() + b"\n", event(event="resume", step=3))
     )
     assert [e["event"] for e in log.events] == ["train", "resume"]
@@ -93,7 +93,7 @@ def test_lines_of_earlier_releases_have_no_checksum_and_are_read(tmp_path: Path)
 
 
 def test_a_checksum_is_that_of_the_line_before_it() -> None:
-    line = runfolder.event_line({"event": "stop", "step": 1, "time": 2.0})
+    line = eventlog.event_line({"event": "stop", "step": 1, "time": 2.0})
     assert line == b'{"event": "stop", "step": 1, "time": 2.0, "crc": "%08x"}\n' % zlib.crc32(
         b'{"event": "stop", "step": 1, "time": 2.0}'
     )
@@ -105,7 +105,7 @@ def test_what_was_done_again_counts_once(tmp_path: Path) -> None:
         *(event(event="note", step=s) for s in (1, 2, 3)),
         event(event="resume", step=2),
     ]
-    events = runfolder.read_events(write(tmp_path, *lines, event(event="note", step=3, again=True)))
+    events = eventlog.read_events(write(tmp_path, *lines, event(event="note", step=3, again=True)))
     assert [(e["event"], e["step"]) for e in events] == [
         ("start", 0), ("note", 1), ("note", 2), ("resume", 2), ("note", 3)
     ]  # fmt: skip
@@ -114,9 +114,9 @@ def test_what_was_done_again_counts_once(tmp_path: Path) -> None:
 
 def test_an_appended_line_begins_after_one_that_was_cut(tmp_path: Path) -> None:
     write(tmp_path, event(), b'{"event": "sto')
-    with runfolder.open_log(tmp_path / "events.jsonl") as file:
+    with eventlog.open_log(tmp_path / "events.jsonl") as file:
         file.write(event(step=7))
-    log = runfolder.read_log(tmp_path)
+    log = eventlog.read_log(tmp_path)
     assert [e["step"] for e in log.events] == [0, 7]
     assert [n for n, _ in log.left_out] == [2]
 
@@ -136,25 +136,28 @@ def test_a_damaged_status_is_none_and_said(tmp_path: Path, text: str) -> None:
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     for name in ("events.jsonl", "status.json", "owner", "config.yaml"):
         os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match="no plain file"):
-        runfolder.read_log(tmp_path)
-    with pytest.raises(UserError, match="no plain file"):
+    with pytest.raises(UserError, match="it is a FIFO, not a file"):
+        eventlog.read_log(tmp_path)
+    with pytest.raises(UserError, match="it is a FIFO, not a file"):
         runfolder.read_config(tmp_path)
     with pytest.raises(UserError, match="no plain file"):
-        runfolder.open_log(tmp_path / "events.jsonl")
-    assert runfolder.read_status(tmp_path) == ({}, "status.json cannot be read: is no plain file")
+        eventlog.open_log(tmp_path / "events.jsonl")
+    assert runfolder.read_status(tmp_path) == ({}, "status.json cannot be read: it is a FIFO, not a file")
     assert runfolder.read_word(tmp_path / "owner") == ""
 
 
 def test_a_whole_file_is_there_or_not(tmp_path: Path) -> None:
     file = tmp_path / "new" / "a.json"
-    runfolder.write(file, "first \udcff")
+    files.write(file, "first \udcff")
     assert file.read_text() == "first \\udcff"
-    with contextlib.suppress(RuntimeError), runfolder.whole(file) as out:
+    with contextlib.suppress(RuntimeError), files.whole(file) as out:
         out.write(b"half")
         raise RuntimeError
     assert file.read_text() == "first \\udcff"
     assert os.listdir(file.parent) == ["a.json"]
+    (file.parent / "b.tmp").write_text("as a kill leaves it")
+    files.write(file.parent / "b", b"whole", mine=True)
+    assert sorted(os.listdir(file.parent)) == ["a.json", "b"]
     umask = os.umask(0o027)
     os.umask(umask)
     assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask
@@ -162,7 +165,7 @@ def test_a_whole_file_is_there_or_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a: [", "cannot be read"), ("- 1", "no mapping"), ("a: !!binary aGk=", "cannot be read"),
+    [("a: [", "cannot be read"), ("- 1", "no mapping"), ("a: !!binary aGk=", "cannot be read"), ("a: {", "cannot"),
      ("&a [*a]", "cannot be read")],
 )  # fmt: skip
 def test_a_configuration_that_is_none_is_one_line(tmp_path: Path, text: str, said: str) -> None:
@@ -186,13 +189,9 @@ def test_names_say_what_they_mean(tmp_path: Path) -> None:
     assert [f.name for f in runfolder.steps(tmp_path)] == ["step-100000000", "step-99999999"]
 
 
-def test_what_a_terminal_would_obey_is_written_out() -> None:
-    assert runfolder.printable("a\x1b[2Jb\0\udcffü[red]") == "a\\x1b[2Jb\\x00\\udcffü[red]"
-
-
 def test_a_roll_back_takes_decisions_back_and_a_restart_does_not(tmp_path: Path) -> None:
     told = [("decision", 4), ("decision", 8), ("resume", 2), ("decision", 12), ("rollback", 8)]
     more = {"time": 1.0, "config": "c", "state": {}, "decision": {}}
-    lines = [runfolder.event_line({"event": kind, "step": step, **more}) for kind, step in told]
+    lines = [eventlog.event_line({"event": kind, "step": step, **more}) for kind, step in told]
     (tmp_path / runfolder.EVENTS).write_bytes(b"".join(lines))
-    assert list(runfolder.read_decisions(tmp_path, "c")) == [4, 8]
+    assert list(eventlog.read_decisions(tmp_path, "c")) == [4, 8]

@@ -1,5 +1,6 @@
 """`irkd verify` finds every kind of damage in a folder of shards, and names file and sample."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from irkd_dist import verify
+from irkd_dist import evaluate, verify
 from irkd_dist.cli import main
-from irkd_dist.data import index
+from irkd_dist.data import index, shards
+from irkd_dist.errors import UserError
 
 
 @pytest.fixture
@@ -48,6 +50,13 @@ def test_whole_shards_have_no_problem(shapes: Path, capsys: pytest.CaptureFixtur
     assert list(verify.verify(shapes)) == []
     assert main(["verify", str(shapes)]) == 0
     assert capsys.readouterr().out == f"{shapes}: all as it should be\n"
+
+
+def test_progress_counts_every_file(shapes: Path) -> None:
+    told: list[tuple[int, int]] = []
+    assert list(verify.verify(shapes, lambda done, total: told.append((done, total)))) == []
+    files = len(list(shapes.rglob("*.tar")))
+    assert told == [(done, files) for done in range(files + 1)]
 
 
 def test_one_flipped_bit_anywhere_is_found_and_named(copy: Path) -> None:
@@ -105,3 +114,17 @@ def test_what_is_nothing_known_is_one_line(tmp_path: Path, copy: Path, capsys: p
     (copy / "manifest.json").write_text("[")
     assert main(["verify", str(copy)]) == 1
     assert "manifest.json is not valid JSON" in capsys.readouterr().out
+
+
+def test_a_damaged_mask_is_named_where_it_is_measured_on(copy: Path) -> None:
+    manifest, path = shards.load_manifest(copy), copy / "r8" / "test-000000.tar"
+    offset, size = shards.scan(path, "png").mask[1]
+    data = bytearray(path.read_bytes())
+    data[offset : offset + size] = bytes(size)
+    path.write_bytes(data)
+    with contextlib.closing(shards.open_split(copy, manifest, "test", 8, verify="size")) as opened:
+        assert evaluate._mask(opened, 0, 8).shape == (8, 8)
+        with pytest.raises(UserError, match=f"{path}: the mask of sample {opened.keys[1]} cannot be read"):
+            evaluate._mask(opened, 1, 8)
+        with pytest.raises(UserError, match=r"it has \(8, 8\) pixels, not \(12, 12\)"):
+            evaluate._mask(opened, 0, 12)

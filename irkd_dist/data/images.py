@@ -10,17 +10,16 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from irkd_dist.data import files
+from irkd_dist import files
 from irkd_dist.data.sources.base import Raw
 
 Fit = Literal["crop", "squash", "pad"]
 
 FILTER = Image.Resampling.LANCZOS  # Pillow widens its support when it shrinks: antialiased
 FITS: dict[Fit, str] = {
-    "crop": "their centre is cut out",
-    "squash": "they are squashed",
-    "pad": "they are put on black",
-}
+    "crop": "their centre is cut out", "squash": "they are squashed", "pad": "they are put on black"
+}  # fmt: skip
+WHITES = (1, 255, 65535)  # what floats and 32-bit numbers, whose type does not say it, may have for white
 FACTS = {
     "not_square": "not square",
     "enlarged": "smaller than the largest resolution, and enlarged",
@@ -28,6 +27,7 @@ FACTS = {
     "alpha": "with transparency, which is dropped",
     "deep": "of more than 8 bits a channel, scaled to 8",
     "dark": "of 16 bits with no value above 255, so black",
+    **{f"white_{white}": f"of floats or 32-bit numbers, white at {white} (--white)" for white in WHITES},
     "frames": "of several frames, the first taken",
     "grey": "grey, stored as RGB",
 }
@@ -43,36 +43,56 @@ class Loaded:
     facts: frozenset[str]
 
 
-def load(raw: Raw) -> Loaded:
-    """Decode to 8-bit RGB, whatever the file's mode; orientation tags are applied. Raises what Pillow raises."""
+def load(raw: Raw, white: int | None = None) -> Loaded:
+    """Decode to 8-bit RGB, whatever the file's mode; orientation tags are applied. Raises what Pillow raises.
+
+    white: of floats and 32-bit numbers; None: the least of WHITES that is not exceeded.
+    """
     facts: set[str] = set()
-    if isinstance(raw.image, np.ndarray):
-        image, facts = from_array(raw.image), _depth(raw.image)
-    elif isinstance(raw.image, bytes) and raw.image.startswith(b"\x93NUMPY"):
-        array = np.load(io.BytesIO(raw.image), allow_pickle=False)
-        image, facts = from_array(array), _depth(array)
+    array = raw.image
+    if isinstance(array, bytes) and array.startswith(b"\x93NUMPY"):
+        array = np.load(io.BytesIO(array), allow_pickle=False)
+    if isinstance(array, np.ndarray):
+        image, facts = from_array(array, white), _depth(array, white)
     else:
-        image = Image.open(_file(raw.image))
+        image = Image.open(_file(array))
         facts |= {"frames"} if getattr(image, "is_animated", False) else set()
         facts |= {"turned"} if image.getexif().get(_EXIF_ORIENTATION, 1) in range(2, 9) else set()
         facts |= {"deep"} if any(";16" in str(tile[3]) for tile in image.tile) else set()
         image.load()
-        image = ImageOps.exif_transpose(image)
-        facts |= _depth(np.asarray(image)) if image.mode.startswith(("I", "F")) else set()
+        form, image = image.format, ImageOps.exif_transpose(image)
+        image.format = form  # a copy has none
+        facts |= _depth(_numbers(image), white) if image.mode.startswith(("I", "F")) else set()
     facts |= {"grey"} if image.mode in ("1", "L", "LA") or image.mode.startswith(("I", "F")) else set()
     facts |= {"alpha"} if image.has_transparency_data else set()
     facts |= {"not_square"} if image.width != image.height else set()
-    return Loaded(rgb(image), _mask(raw.mask), frozenset(facts))
+    return Loaded(rgb(image, white), _mask(raw.mask), frozenset(facts))
 
 
-def _depth(pixels: np.ndarray) -> set[str]:
-    if pixels.dtype.itemsize < 2:
-        return set()
-    return {"deep", "dark"} if _is_16_bits(pixels) and 0 < pixels.max() <= 255 else {"deep"}
+def _depth(pixels: np.ndarray, white: int | None) -> set[str]:
+    facts = {"deep"} if pixels.dtype.itemsize > 1 else set()
+    if pixels.dtype in (bool, np.uint8) or not pixels.max():  # black is black whatever white is
+        return facts
+    if _is_16_bits(pixels):
+        return facts | ({"dark"} if pixels.max() <= 255 else set())
+    return facts | {f"white_{white or _guessed_white(pixels)}"}
 
 
 def _is_16_bits(pixels: np.ndarray) -> bool:
     return pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2
+
+
+def _guessed_white(pixels: np.ndarray) -> int | None:
+    """The least of WHITES that no value exceeds, 1 only of floats; None where there is none."""
+    low, high = pixels.min(), pixels.max()
+    floats = pixels.dtype.kind == "f"
+    return next((w for w in WHITES if low >= 0 and high <= w and (floats or w > 1)), None)
+
+
+def _numbers(image: Image.Image) -> np.ndarray:
+    """Pixels of more than 8 bits; some releases of Pillow have a PNG's 16 bits in 32."""
+    pixels = np.asarray(image)
+    return pixels.astype(np.uint16) if image.mode == "I" and image.format == "PNG" else pixels
 
 
 def _file(image: bytes | Path) -> io.BytesIO | Path:
@@ -88,31 +108,29 @@ def _mask(mask: np.ndarray | bytes | None) -> Image.Image | None:
     return Image.open(io.BytesIO(mask)).convert("L")
 
 
-def from_array(array: np.ndarray) -> Image.Image:
+def from_array(array: np.ndarray, white: int | None = None) -> Image.Image:
     """An array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of any number type. Raises ValueError for others."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or 0 in array.shape or array.shape[2:] not in ((), (3,), (4,)):
         raise ValueError(f"an array of shape {array.shape} is no image; (H, W) and (H, W, 3) are")
-    return Image.fromarray(eight_bits(array))
+    return Image.fromarray(eight_bits(array, white))
 
 
-def rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image, white: int | None = None) -> Image.Image:
     """The image in mode RGB; alpha is dropped, the colours beneath stay. Raises ValueError for unknown ranges."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):  # Pillow's own conversion clips at 255
-        image = Image.fromarray(eight_bits(np.asarray(image)))
+    if image.mode.startswith(("I", "F")):  # Pillow's own conversion clips at 255
+        image = Image.fromarray(eight_bits(_numbers(image), white))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
-def eight_bits(pixels: np.ndarray) -> np.ndarray:
-    """Pixels of any number type as uint8, by their type and range.
+def eight_bits(pixels: np.ndarray, white: int | None = None) -> np.ndarray:
+    """Pixels of any number type as uint8.
 
-    bool: black and white; 16 bits unsigned: their high byte; floats within 0..1: times 255; other numbers within
-    0..255 as they are, within 0..65535 their high byte. Raises ValueError for other ranges, NaN, infinity.
+    bool: black and white; 16 bits unsigned: their high byte; others by what is white: 1: times 255; 255: as they are;
+    65535: their high byte. Raises ValueError for values beyond it, below 0, NaN, infinity.
     """
     if pixels.dtype == bool:
         return np.where(pixels, 255, 0).astype(np.uint8)
@@ -121,13 +139,13 @@ def eight_bits(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype.kind not in "iuf":
         raise ValueError(f"pixels of type {pixels.dtype} are no image")
     low, high = pixels.min(), pixels.max()
-    if pixels.dtype.kind == "f" and low >= 0 and high <= 1:
-        return np.round(pixels.astype(np.float64) * 255).astype(np.uint8)
-    if low >= 0 and high <= 255 and not _is_16_bits(pixels):
-        return np.round(pixels).astype(np.uint8)
-    if low >= 0 and high <= 65535:
+    at = 65535 if _is_16_bits(pixels) else white or _guessed_white(pixels)
+    if at is None or not (low >= 0 and high <= at):
+        wanted = f"not within 0..{at} (--white)" if at else "which is none of 0..1, 0..255 and 0..65535"
+        raise ValueError(f"its pixels go from {low:g} to {high:g}, {wanted}")
+    if at == 65535:
         return (pixels.astype(np.uint32) >> 8).astype(np.uint8)
-    raise ValueError(f"its pixels go from {low:g} to {high:g}, which is none of 0..1, 0..255 and 0..65535")
+    return np.round(pixels.astype(np.float64) * (255 / at)).astype(np.uint8)
 
 
 def fit(image: Image.Image, size: int, how: Fit) -> Image.Image:

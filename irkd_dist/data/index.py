@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from irkd_dist import typed
+
 Read = Callable[[int, int], bytes]  # (bytes, offset), as os.pread has them
 
 _BLOCK = 512  # tar's unit: headers are one block, data is padded to whole blocks
@@ -57,13 +59,8 @@ def file_name(tar: str) -> str:
 def encode(index: Index, tar: str) -> bytes:
     """The index as a file; tar: the sha256 of the tar that it is of."""
     masks = index.mask.tolist() if (index.mask[:, 1] >= 0).any() else None
-    columns = {
-        "tar": tar,
-        "keys": index.keys,
-        "labels": index.labels.tolist(),
-        "image": index.image.tolist(),
-        "mask": masks,
-    }
+    labels, image = index.labels.tolist(), index.image.tolist()
+    columns = {"tar": tar, "keys": index.keys, "labels": labels, "image": image, "mask": masks}
     return json.dumps(columns, separators=(",", ":")).encode()
 
 
@@ -73,17 +70,13 @@ def decode(data: bytes, end: int, tar: str) -> Index | None:
     Raises ValueError when it is no index, or points outside the tar.
     """
     try:
-        raw = json.loads(data)
+        raw = typed.parse(data)
         if raw["tar"] != tar:
             return None
         keys, count = raw["keys"], len(raw["keys"])
         labels, image = _whole(raw["labels"], (count,)), _whole(raw["image"], (count, 2))
-        mask = (
-            np.tile(np.array(_NONE, np.int64), (count, 1))
-            if raw["mask"] is None
-            else _whole(raw["mask"], (count, 2))
-        )
-    except (KeyError, TypeError, RecursionError) as error:
+        mask = _whole([_NONE] * count if raw["mask"] is None else raw["mask"], (count, 2))
+    except (KeyError, TypeError) as error:
         raise ValueError(f"it is no index of a shard: {error!r}") from None
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise ValueError("it is no index of a shard: its keys are not strings")
@@ -181,16 +174,13 @@ def members(read: Read, end: int) -> Iterator[Member]:
 def _header(header: bytes, position: int) -> tuple[str, int, str]:
     """(name, size, type) of a header: ustar, GNU's or the old form. Raises ValueError when it is none."""
     magic = header[257:263]
-    if magic not in (b"ustar\0", b"ustar ", bytes(6)) or _octal(header[148:156]) != _checksum(header):
+    checksum = sum(header) - sum(header[148:156]) + 8 * 32  # its own field counts as blanks
+    if magic not in (b"ustar\0", b"ustar ", bytes(6)) or _octal(header[148:156]) != checksum:
         raise ValueError(f"no valid tar header at byte {position:,}")
     name = _text(header[:100].split(b"\0", 1)[0])
     if magic == b"ustar\0" and header[345]:
         name = f"{_text(header[345:500].split(bytes(1), 1)[0])}/{name}"
     return name, _octal(header[124:136]), chr(header[156])
-
-
-def _checksum(header: bytes) -> int:
-    return sum(header) - sum(header[148:156]) + 8 * 32
 
 
 def _octal(field: bytes) -> int:
@@ -217,9 +207,8 @@ def _pax(data: bytes) -> dict[str, str]:
         length = int(digits) if digits.isdigit() else 0
         record = data[position : position + length]
         key, equals, value = record[len(digits) + 1 : -1].partition(b"=")
-        if (
-            not equals or len(record) != length or record[-1:] != b"\n"
-        ):  # a length of 0 would go round for ever
+        # a length of 0 would go round for ever
+        if not equals or len(record) != length or record[-1:] != b"\n":
             raise ValueError(f"record {data[position : position + 20]!r} of a PAX header is damaged")
         records[_text(key)] = _text(value)
         position += length

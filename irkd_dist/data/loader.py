@@ -116,12 +116,8 @@ class Loader:
         if augment and augment.mixes:
             of_batch = {"of": "batch", "batch": self.batch, "least": self.least}
             pairs = {"samples": len(self), **({"of": "split"} if augment.draws else of_batch)}
-        return {
-            **self._views.key(),
-            "classes": self.classes,
-            "pairs": pairs,
-            "device": self.device.type,
-        }
+        own = {"classes": self.classes, "pairs": pairs, "device": self.device.type}
+        return {**self._views.key(), **own}
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """`steps` of a share with one slice: its batch of each step."""
@@ -288,9 +284,8 @@ def _start(pool: ThreadPoolExecutor, workers: int, device: torch.device) -> None
             torch.set_num_threads(1)
             if device.type == "cuda":
                 torch.cuda.set_device(device)  # pinned memory would else open a context on GPU 0
-                torch.cuda.set_stream(
-                    torch.cuda.Stream(device)
-                )  # copies need not wait for training's kernels
+                # copies need not wait for training's kernels
+                torch.cuda.set_stream(torch.cuda.Stream(device))
         finally:
             started.wait()  # every task gets a thread of its own, since none ends before all have begun
 
@@ -316,8 +311,6 @@ def _receive(batches: list[Batch], written: torch.cuda.Event | None) -> list[Bat
         stream.wait_event(written)
         for batch in batches:
             for tensor in (batch.images, batch.labels, batch.soft_labels, batch.weight, batch.full):
-                if tensor is not None:
-                    tensor.record_stream(
-                        stream
-                    )  # its memory is not given to another batch while still in use
+                if tensor is not None:  # its memory is not given to another batch while still in use
+                    tensor.record_stream(stream)
     return batches

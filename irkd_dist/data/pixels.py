@@ -24,9 +24,10 @@ _PNG_PLAIN = {b"\x08\0\0\0\0": 1, b"\x08\2\0\0\0": 3}  # 8 bits, grey or RGB, no
 
 def encode(pixels: np.ndarray, encoding: Encoding) -> bytes:
     """An image (H, W, 3) or (H, W) uint8 as it is stored."""
-    if encoding == "npy":
-        return encode_npy(pixels)
     buffer = io.BytesIO()
+    if encoding == "npy":
+        np.lib.format.write_array(buffer, np.ascontiguousarray(pixels), version=(1, 0))
+        return buffer.getvalue()
     settings: dict[str, dict[str, Any]] = {
         "png": {"format": "PNG", "compress_level": 6},
         "webp": {"format": "WEBP", "lossless": True, "method": 4},
@@ -34,13 +35,6 @@ def encode(pixels: np.ndarray, encoding: Encoding) -> bytes:
     }
     Image.fromarray(pixels).save(buffer, **settings[encoding])
     return buffer.getvalue()
-
-
-def encode_npy(pixels: np.ndarray) -> bytes:
-    """An image (H, W, 3) uint8 as .npy bytes, the form that decode() reads."""
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, np.ascontiguousarray(pixels), version=(1, 0))
-    return stream.getvalue()
 
 
 def decode(data: bytes, encoding: Encoding) -> torch.Tensor:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from irkd_dist.data import files, shards
+from irkd_dist import files
+from irkd_dist.data import shards
 from irkd_dist.data.shards import Manifest
 
 PREVIEW = "preview.png"
@@ -44,8 +45,7 @@ def write(out: Path, manifest: Manifest, count: int = 8) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box stands for it
         figure.savefig(image, format="png", metadata={"Software": None})
-    with files.atomic(out / PREVIEW) as file:
-        file.write(image.getbuffer())
+    files.write(out / PREVIEW, image.getvalue(), mine=True)
 
 
 def _one_of_each_class(labels: np.ndarray, count: int) -> list[int]:

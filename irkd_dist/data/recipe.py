@@ -16,9 +16,8 @@ class Augment:
     """Augmentation of training images; the defaults are the paper's for a student."""
 
     padding: Annotated[int, Field(ge=0, le=4096)] = 4  # pixels of the random crop's padding ...
-    padding_at: Annotated[int, Field(gt=0, le=4096)] | None = (
-        32  # ... at this resolution, in proportion elsewhere; null: the same everywhere
-    )
+    # ... at this resolution, in proportion elsewhere; null: the same everywhere
+    padding_at: Annotated[int, Field(gt=0, le=4096)] | None = 32
     flip: bool = True
     auto_augment: Share = 0.0  # share of images that AutoAugment (CIFAR-10 policy) changes
     erase: Share = 0.0  # share of images with a random rectangle erased

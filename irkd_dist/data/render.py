@@ -28,14 +28,23 @@ from typing import Any
 import numpy as np
 import PIL
 
-from irkd_dist import __version__
-from irkd_dist.data import files, images, preview, shards
+from irkd_dist import __version__, files
+from irkd_dist.data import images, preview, shards
 from irkd_dist.data.images import Fit
-from irkd_dist.data.renderjob import Job, Options, Record, Work, check_bad, finished, render_shard
+from irkd_dist.data.renderjob import (
+    Job,
+    Options,
+    Record,
+    Work,
+    check_bad,
+    check_white,
+    finished,
+    render_shard,
+)
 from irkd_dist.data.sampler import order
 from irkd_dist.data.shards import Manifest, Shard
 from irkd_dist.data.sources import Source
-from irkd_dist.errors import UserError
+from irkd_dist.errors import UserError, reason
 
 LARGEST = 8192  # pixels
 MOST_WORKERS = 1024
@@ -74,6 +83,7 @@ def render(
     todo = [job for job in own if job.name not in done]
     bad = [name for record in done.values() for name in record.bad]
     check_bad(bad, options.max_bad)
+    check_white(done.values())
     progress(len(done), len(own))
     with contextlib.closing(_run(work, todo)) as records:
         for record in records:
@@ -82,6 +92,7 @@ def render(
             for name in record.bad:
                 warn(f"unreadable, left out: {name}")
             check_bad(bad, options.max_bad)
+            check_white(done.values())
             progress(len(done), len(own))
     if part is not None:
         return None
@@ -155,9 +166,9 @@ def _plan_digest(source: Source, options: Options, resolutions: tuple[int, ...])
 
 def _semantic(options: Options) -> dict[str, Any]:
     left_out = {"workers", "max_bad", "dataset", "resolutions"}
-    left_out |= (
-        {"fit"} if options.fit == "crop" else set()
-    )  # as before there was another: such a render goes on
+    # as before there was another: such a render goes on
+    left_out |= {"fit"} if options.fit == "crop" else set()
+    left_out |= {"white"} if options.white is None else set()
     return {k: v for k, v in asdict(options).items() if k not in left_out}
 
 
@@ -178,9 +189,8 @@ def _claim(out: Path, parts: Path, plan: str, overwrite: bool) -> None:
             _remove_shards(out)
             shutil.rmtree(parts, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"cannot write to --out {out}: {error.strerror}") from error
-    with files.atomic(marker) as file:
-        file.write(plan.encode())
+        raise UserError(f"cannot write to --out {out}: {reason(error)}") from error
+    files.write(marker, plan)
 
 
 def _remove_shards(out: Path) -> None:

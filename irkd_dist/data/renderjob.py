@@ -7,20 +7,21 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import webdataset as wds
 from PIL import Image, UnidentifiedImageError
 
-from irkd_dist.data import files, images, index, shards
+from irkd_dist import files, typed
+from irkd_dist.data import images, index, shards
 from irkd_dist.data.images import Fit
 from irkd_dist.data.pixels import encode
 from irkd_dist.data.shards import Encoding, Mode, Shard
 from irkd_dist.data.sources import Source
-from irkd_dist.errors import Stopped, UserError, printable
+from irkd_dist.errors import Stopped, UserError, printable, reason
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Options:
     workers: int = 1
     max_bad: int = 0  # unreadable images that are skipped before the render stops
     fit: Fit = "crop"  # of images that are not square: their centre, squashed, or whole on black
+    white: int | None = None  # of floats and 32-bit numbers; None: 1, 255 or 65535, as their values are
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,9 @@ class Record:
     sums: list[int]
     squares: list[int]
     bad: list[str]
-    facts: dict[str, int] | None = (
-        None  # of how many images each of images.FACTS is true; None: not counted yet then
-    )
+    # of how many images each of images.FACTS is true; None: not counted yet then
+    facts: dict[str, int] | None = None
+    examples: dict[str, str] = field(default_factory=dict)  # of each value of white: the first image
 
 
 def render_shard(work: Work, job: Job, stop: Callable[[], bool]) -> Record:
@@ -84,7 +86,7 @@ def render_shard(work: Work, job: Job, stop: Callable[[], bool]) -> Record:
     streams = {r: io.BytesIO() for r in work.resolutions}
     sums, squares = np.zeros(3, np.uint64), np.zeros(3, np.uint64)
     bad: list[str] = []
-    facts: Counter[str] = Counter()
+    facts, examples = Counter[str](), dict[str, str]()
     written = 0
     with contextlib.ExitStack() as stack:
         writers = {r: stack.enter_context(_writer(stream)) for r, stream in streams.items()}
@@ -92,13 +94,16 @@ def render_shard(work: Work, job: Job, stop: Callable[[], bool]) -> Record:
             if stop():
                 raise Stopped
             try:
-                loaded = images.load(raw)
+                loaded = images.load(raw, work.options.white)
             except Exception as error:  # damaged files make Pillow raise nearly anything
                 bad.append(f"{printable(raw.name)} ({_reason(error)})")
                 check_bad(bad, work.options.max_bad)
                 continue
             written += 1
             facts.update(loaded.facts)
+            for fact in loaded.facts:
+                if fact.startswith("white_"):
+                    examples.setdefault(fact, printable(raw.name))
             facts["enlarged"] += min(loaded.image.size) < work.resolutions[-1]
             for r, writer in writers.items():
                 pixels = np.asarray(images.fit(loaded.image, r, work.options.fit))
@@ -113,9 +118,10 @@ def render_shard(work: Work, job: Job, stop: Callable[[], bool]) -> Record:
         for r, stream in streams.items()
     }
     count = written * work.resolutions[-1] ** 2 if job.split == "train" else 0
-    record = Record(work.plan, job.name, result, count, sums.tolist(), squares.tolist(), bad, dict(+facts))
-    with files.atomic(work.out / shards.PARTS / f"{job.name}.json") as file:
-        file.write(json.dumps(asdict(record)).encode())
+    record = Record(
+        work.plan, job.name, result, count, sums.tolist(), squares.tolist(), bad, dict(+facts), examples
+    )  # fmt: skip
+    files.write(work.out / shards.PARTS / f"{job.name}.json", json.dumps(asdict(record)), mine=True)
     return record
 
 
@@ -124,6 +130,23 @@ def check_bad(bad: list[str], limit: int) -> None:
         raise UserError(
             f"{len(bad)} unreadable image{'s' if len(bad) > 1 else ''}, over the limit --max-bad {limit}: "
             f"{'; '.join(bad[:5])}; mend or remove them, or raise the limit"
+        )
+
+
+def check_white(records: Iterable[Record]) -> None:
+    """Refuse images whose values do not say alike what is white: a dark one of a set is no bright one of another."""
+    total, examples = Counter[str](), dict[str, str]()
+    for record in records:
+        total.update(record.facts or {})
+        examples = record.examples | examples
+    found = [(white, fact) for white in images.WHITES if total[fact := f"white_{white}"]]
+    if len(found) > 1:
+        told = ", ".join(
+            f"{total[fact]} within 0..{white} (such as {examples[fact]})" for white, fact in found
+        )
+        raise UserError(
+            f"float or 32-bit images do not agree on what is white: {told}; --white 1, 255 or 65535 says it for all of "
+            "them (and --overwrite, to begin anew)"
         )
 
 
@@ -148,8 +171,7 @@ def _sample(
 
 def _save(folder: Path, name: str, stream: io.BytesIO, samples: int, encoding: Encoding) -> Shard:
     data = stream.getbuffer()
-    with files.atomic(folder / name) as file:
-        file.write(data)
+    files.write(folder / name, data, mine=True)
     listed = index.scan(lambda count, at: bytes(data[at : at + count]), len(data), encoding)
     digest = hashlib.sha256(data).hexdigest()
     return Shard(name, samples, len(data), digest, _write_index(folder / name, listed, digest))
@@ -158,26 +180,23 @@ def _save(folder: Path, name: str, stream: io.BytesIO, samples: int, encoding: E
 def _write_index(tar: Path, listed: index.Index, digest: str) -> str:
     """Write the index beside its tar, whose sha256 is `digest`; returns its own."""
     data = index.encode(listed, digest)
-    with files.atomic(tar.with_name(index.file_name(tar.name))) as file:
-        file.write(data)
+    files.write(tar.with_name(index.file_name(tar.name)), data, mine=True)
     return hashlib.sha256(data).hexdigest()
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):  # its text holds a memory address
         return "not an image, or of an unknown format"
-    return printable(
-        (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    )
+    return printable(reason(error))
 
 
 def finished(work: Work, job: Job) -> Record | None:
     """The job's record, if all its files are there and as it says."""
     try:
-        raw = json.loads(files.read(work.out / shards.PARTS / f"{job.name}.json"))
+        raw = typed.parse(files.read(work.out / shards.PARTS / f"{job.name}.json"))
         raw.pop("upscaled", None)  # of a render before facts were counted
         record = Record(**raw | {"shards": {k: Shard(**v) for k, v in raw["shards"].items()}})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     whole = all(
         shards.damage(work.out / key / shard.name, shard) is None for key, shard in record.shards.items()

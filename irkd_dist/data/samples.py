@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from irkd_dist.data import files
+from irkd_dist import files
 from irkd_dist.data.index import Index
 from irkd_dist.errors import UserError, unreadable
 

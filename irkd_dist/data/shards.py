@@ -17,14 +17,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from irkd_dist.data import files, index
-from irkd_dist.data.files import atomic
+from irkd_dist import files, typed
+from irkd_dist.data import index
 from irkd_dist.data.index import Index
-from irkd_dist.data.pixels import Encoding, decode, encode_npy
+from irkd_dist.data.pixels import Encoding, decode
 from irkd_dist.data.samples import Split
-from irkd_dist.errors import UserError, printable
+from irkd_dist.errors import UserError, printable, reason, unreadable
 
-__all__ = ["Encoding", "Manifest", "Mode", "Shard", "Split", "atomic", "decode", "encode_npy", "open_split"]
+__all__ = ["Encoding", "Manifest", "Mode", "Shard", "Split", "decode", "open_split"]
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -77,8 +77,7 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `folder/manifest.json` atomically; the same manifest always gives the same bytes."""
-    with atomic(folder / MANIFEST) as file:
-        file.write((json.dumps(asdict(manifest), indent=1) + "\n").encode())
+    files.write(folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n", mine=True)
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -89,12 +88,12 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     try:
-        raw = json.loads(files.read(path))
+        raw = typed.parse(files.read(path))
     except FileNotFoundError:
         raise UserError(_no_manifest(Path(folder))) from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); {_repair(Path(folder))}") from error
     if not isinstance(raw, dict) or "version" not in raw:
         raise UserError(f"{path} is no manifest of irkd shards: it has no version; {_repair(Path(folder))}")
@@ -276,7 +275,7 @@ def damage(path: Path, shard: Shard, verify: Literal["checksum", "size"] = "chec
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        return f"cannot be read: {reason(error)}"
     return _damaged_index(path, shard)
 
 
@@ -286,7 +285,7 @@ def _damaged_index(path: Path, shard: Shard) -> str | None:
         if shard.index is not None and _sha256(path.with_name(name)) != shard.index:
             return f"has an altered index: the sha256 of {name} is not the manifest's"
     except OSError as error:
-        return f"has no readable index: {name}: {error.strerror}"
+        return f"has no readable index: {name}: {reason(error)}"
     return None
 
 

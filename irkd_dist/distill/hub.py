@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import urllib.error
@@ -16,7 +15,8 @@ import timm
 import torch
 from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-from irkd_dist.errors import UserError
+from irkd_dist import files, typed
+from irkd_dist.errors import UserError, one_line
 
 ANSWER_S = 4.0  # a server that has not answered by then counts as away
 LOCAL, HUB = "local-dir:", "hf-hub:"
@@ -28,9 +28,7 @@ class Named:
 
     architecture: str  # as `models.create_model` takes it
     options: dict[str, Any] = field(default_factory=dict)  # its arguments, as its folder says
-    cfg: dict[str, Any] = field(
-        default_factory=dict
-    )  # timm's description of its weights: mean, std, num_classes
+    cfg: dict[str, Any] = field(default_factory=dict)  # timm's word on its weights: mean, std, num_classes
     weights: Path | None = None  # file or folder of those that come with the name
     repository: str = ""  # of the hub, where its weights are still to be fetched
 
@@ -62,7 +60,7 @@ def _described(file: Path, where: str) -> Named:
     """config.json as timm writes it, today's form or the one before."""
     content: Any = None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = typed.parse(files.read(file))
         architecture = content["architecture"]
         cfg = dict(content.get("pretrained_cfg", content))
         options = dict(content.get("model_args") or {})
@@ -70,7 +68,7 @@ def _described(file: Path, where: str) -> Named:
         numbers = [float(v) for v in (*cfg.get("mean", ()), *cfg.get("std", ()))]
     except FileNotFoundError:
         raise UserError(f"{where}: there is no {file}") from None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{where}: {file} cannot be read as a description of a timm model: {error}"
         ) from error
@@ -144,7 +142,7 @@ def _silence(url: str) -> str | None:
         except urllib.error.HTTPError:
             found.append(None)  # an answer, if an unfriendly one
         except Exception as error:
-            found.append(" ".join(str(getattr(error, "reason", error)).split()))
+            found.append(one_line(getattr(error, "reason", error)))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -172,8 +170,7 @@ def local_copy(named: Named, where: str) -> dict[str, Any]:
             f"{where}: timm has no pretrained weights of {name}; names with a tag in timm.list_pretrained() do"
         )
     file = Path(urllib.parse.urlsplit(url).path).name
-    if not Path(
-        f"{torch.hub.get_dir()}/checkpoints/{file}"
-    ).is_file():  # where torch.hub keeps what it fetched
+    fetched = Path(f"{torch.hub.get_dir()}/checkpoints/{file}")  # where torch.hub keeps it
+    if not fetched.is_file():
         require_answer(url, where, name)
     return {}

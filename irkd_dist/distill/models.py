@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from irkd_dist.distill.paper import PAPER_MODELS
 from irkd_dist.distill.weights import require_finite
-from irkd_dist.errors import UserError
+from irkd_dist.errors import UserError, one_line
 
 # what makes a transformer take images of any size, by the module of timm it is in
 ANY_SIZE: dict[str, dict[str, Any]] = {
@@ -87,7 +87,7 @@ def create_model(
             f"; patch={patch} was asked for: without it the model keeps its own" if patch is not None else ""
         )
         raise UserError(
-            f"timm cannot create {architecture!r} with {shown}: {' '.join(str(error).split())}{hint}"
+            f"timm cannot create {architecture!r} with {shown}: {one_line(error)}{hint}"
         ) from error
     if distilled is not None and distilled != is_distilled(model):
         has = "has" if is_distilled(model) else "has no"

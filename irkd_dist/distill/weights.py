@@ -16,14 +16,10 @@ from safetensors.torch import load_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from irkd_dist.errors import UserError, unreadable
+from irkd_dist.errors import UserError, one_line, unreadable
 
-NAMES = (
-    "model.safetensors",
-    "pytorch_model.bin",
-    "pytorch_model.pth",
-    "model.pth",
-)  # in a folder, the first there
+# in a folder, the first there
+NAMES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 # where training scripts keep the weights, the averaged ones first, as timm takes them
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 PREFIXES = ("module.", "_orig_mod.", "student.", "model.", "backbone.")
@@ -56,11 +52,8 @@ def read(path: Path, where: str) -> tuple[dict[str, Tensor], list[str]]:
 def _file(path: Path, where: str) -> Path:
     if path.is_dir():
         found = [path / name for name in NAMES if (path / name).is_file()]
-        found += [
-            f
-            for end in (".safetensors", ".pth", ".pth.tar", ".pt", ".bin")
-            for f in sorted(path.glob(f"*{end}"))
-        ]
+        for end in (".safetensors", ".pth", ".pth.tar", ".pt", ".bin"):
+            found += sorted(path.glob(f"*{end}"))
         if not found:
             raise UserError(f"{where}: no weights in that folder; looked for {', '.join(NAMES)}")
         return found[0]
@@ -73,12 +66,8 @@ def _file(path: Path, where: str) -> Path:
 
 def _unpickle(file: Path, where: str) -> Any:
     # plain containers of values, which scripts keep beside the weights
-    harmless: list[Any] = [
-        argparse.Namespace,
-        np.dtype,
-        type(np.dtype(np.float64)),
-        type(np.dtype(np.float32)),
-    ]
+    numbers = (type(np.dtype(np.float64)), type(np.dtype(np.float32)))
+    harmless: list[Any] = [argparse.Namespace, np.dtype, *numbers]
     scalar: Any = np.float64(0).__reduce__()[0]
     harmless += [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     try:
@@ -87,7 +76,7 @@ def _unpickle(file: Path, where: str) -> Any:
     except OSError:
         raise
     except Exception as error:  # a damaged pickle raises anything
-        reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+        reason = one_line(error).rpartition("WeightsUnpickler error: ")[2]
         blocked = re.search(r"GLOBAL (\S+\.\S+)", reason)
         if blocked:
             raise UserError(
@@ -98,7 +87,6 @@ def _unpickle(file: Path, where: str) -> Any:
 
 
 def _tensors(content: Any, where: str, notes: list[str]) -> dict[str, Tensor]:
-    chosen: list[str] = []
     while isinstance(content, Mapping):
         name = next((n for n in CONTAINERS if isinstance(content.get(n), Mapping) and content[n]), None)
         if name is None:
@@ -107,7 +95,6 @@ def _tensors(content: Any, where: str, notes: list[str]) -> dict[str, Tensor]:
         notes.append(
             f"{where}: {name} was taken" + (f"; left out: {', '.join(others[:8])}" if others else "")
         )
-        chosen.append(name)
         content = content[name]
     found = (
         {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
@@ -166,14 +153,12 @@ def fit(
         notes.append(
             f"{where}: its head {name} ({classes} classes) is replaced by a new one of {len(own[names[0]])}"
         )
-    for key in ("pos_embed",):
-        if key in fitted and key in own and fitted[key].shape != own[key].shape:
-            resampled = _resampled(model, fitted[key], own[key])
-            if resampled is not None:
-                notes.append(
-                    f"{where}: {key} of {fitted[key].shape[1]} tokens is resampled to {own[key].shape[1]}"
-                )
-                fitted[key] = resampled
+    theirs, ours = fitted.get("pos_embed"), own.get("pos_embed")
+    if theirs is not None and ours is not None and theirs.shape != ours.shape:
+        resampled = _resampled(model, theirs, ours)
+        if resampled is not None:
+            notes.append(f"{where}: pos_embed of {theirs.shape[1]} tokens is resampled to {ours.shape[1]}")
+            fitted["pos_embed"] = resampled
     return fitted, notes
 
 

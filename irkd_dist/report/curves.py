@@ -6,10 +6,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from irkd_dist.eventlog import Event
 from irkd_dist.report import figures, reading
 from irkd_dist.report.figures import HALF, NARROW, STYLES, WIDE, Drawing, Plan, Theme
 from irkd_dist.report.reading import Evaluation, Run
-from irkd_dist.runfolder import Event
 
 STACKED = 4.75  # height of figures of panels over steps, the same so that they stand side by side
 LEAST_POINTS = 10.0  # of accuracy in per cent that an axis spans

@@ -20,8 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from irkd_dist import runfolder
-from irkd_dist.errors import UserError
+from irkd_dist import files
 
 WIDE, HALF, NARROW = 9.1, 4.3, 3.5  # widths of figures in inches of 100 CSS pixels: page, half page, phone
 DPI = 200
@@ -79,7 +78,8 @@ def picture(file: Path | None, plan: Plan | None) -> dict[str, Any] | None:
             query = "screen" + " and (prefers-color-scheme: dark)" * dark + phone
             sources.append((query, _data_uri(image, plan, theme), size))
             if file is not None and not dark and width == plan.widths[0]:
-                _save_png(image, file, plan, theme)
+                with files.whole(file) as out:
+                    (image if plan.photographs else _few_colors(image, theme)).save(out, "png")
     *others, (_, image, size) = sources
     words = {"title": plan.title, "alt": plan.alt, "caption": plan.caption}
     return {**words, "image": image, "size": size, "sources": others}
@@ -163,14 +163,6 @@ def _data_uri(image: Image.Image, plan: Plan, theme: Theme) -> str:
     else:
         _few_colors(image, theme).save(buffer, kind)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _save_png(image: Image.Image, file: Path, plan: Plan, theme: Theme) -> None:
-    try:
-        with runfolder.whole(file) as out:
-            (image if plan.photographs else _few_colors(image, theme)).save(out, "png")
-    except OSError as error:
-        raise UserError(f"cannot write the figure {file}: {error}") from error
 
 
 def _few_colors(image: Image.Image, theme: Theme) -> Image.Image:

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from irkd_dist import runfolder
+from irkd_dist.errors import printable
 from irkd_dist.report import figures
 from irkd_dist.report.figures import NARROW, WIDE, Plan, Theme
 from irkd_dist.report.reading import Run
@@ -68,10 +68,8 @@ def saliency(run: Run) -> Plan | None:
 
     sizes = list(dict.fromkeys(int(arrays["resolution"]) for *_, arrays in shots))
     method = run.config.loss.saliency.method.replace("_", "-")
-    caption = (
-        f"Held-out images as the network sees them, and their saliency: {method} maps averaged over the "
-    )
-    caption += "taps, each stretched to its own range, from dark (low) to yellow (high)."
+    caption = f"Held-out images as the network sees them, and their saliency: {method} maps averaged over "
+    caption += "the taps, each stretched to its own range, from dark (low) to yellow (high)."
     caption += f" The first {shown} of {samples} images." if samples > shown else ""
     caption += " Only the end of each stage is shown." if len(shots) + others < len(run.panels) else ""
     caption += f" Left out: {others} of other images, as an earlier release chose them." if others else ""
@@ -109,4 +107,4 @@ def _cells(arrays: dict[str, np.ndarray], n: int, has_teacher: bool) -> list[np.
 
 
 def _class_name(run: Run, label: int) -> str:
-    return runfolder.printable(run.classes[label]) if 0 <= label < len(run.classes) else f"class {label}"
+    return printable(run.classes[label]) if 0 <= label < len(run.classes) else f"class {label}"

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from irkd_dist import __version__, runfolder
+from irkd_dist import __version__, files, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
 from irkd_dist.report import curves, figures, maps, tables, words
@@ -42,13 +42,9 @@ def write(folders: list[Path], out: Path | None = None) -> Path:
         parent = os.path.commonpath([r.folder.resolve().parent for r in found])
         page = Path(parent) / runfolder.REPORT if out is None else out
         context = _comparison_page(_distinct_names(found))
-    common = {
-        "version": __version__,
-        "palettes": {"light": LIGHT, "dark": DARK},
-        "run": None,
-        "comparison": None,
-    }
-    _write_text(page, _template().render(common | context))
+    common = {"version": __version__, "palettes": {"light": LIGHT, "dark": DARK}}
+    common |= {"run": None, "comparison": None}
+    files.write(page, _template().render(common | context))
     return page
 
 
@@ -122,13 +118,6 @@ def _template() -> Any:
     text = resources.files("irkd_dist.report").joinpath(TEMPLATE).read_text("utf-8")
     strict = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return strict.from_string(text)
-
-
-def _write_text(page: Path, text: str) -> None:
-    try:
-        runfolder.write(page, text)
-    except OSError as error:
-        raise UserError(f"cannot write the report {page}: {error}") from error
 
 
 def _distinct_names(found: list[Run]) -> list[Run]:

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from irkd_dist import checkpoint, runfolder
+from irkd_dist import checkpoint, eventlog, files, runfolder, typed
 from irkd_dist import config as configuration
 from irkd_dist.config import Config, Stage
 from irkd_dist.data import shards
 from irkd_dist.errors import UserError
-from irkd_dist.runfolder import Event
+from irkd_dist.eventlog import Event
 from irkd_dist.training import panels
 
 
@@ -79,8 +79,8 @@ def read(folder: Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder} is no run folder: there is no such folder")
     config = configuration.from_dict(runfolder.read_config(folder), str(folder / runfolder.CONFIG))
-    log = runfolder.read_log(folder)
-    events = _each_epoch_once(runfolder.settled(log.events))
+    log = eventlog.read_log(folder)
+    events = _each_epoch_once(eventlog.settled(log.events))
     notices = [f"{text}." for text in log.said()]
     state = _newest_state(folder)
     snapshots, problems = panels.load(folder)
@@ -100,7 +100,7 @@ def images(run: Run, split: str) -> int | None:
     """How many images a split has, where the run has written it down."""
     counts = (run.last("start") or {}).get("images")
     count = counts.get(split) if isinstance(counts, dict) else None
-    return count if runfolder.is_count(count) and count else None
+    return count if typed.is_count(count) and count else None
 
 
 def ends(run: Run) -> dict[int, str]:
@@ -118,11 +118,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     """The 95 % interval of a share that was counted over so many trials (Wilson 1927, no continuity correction)."""
     z = 1.959964
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = (
-        z
-        / (1 + z * z / count)
-        * math.sqrt(max(share * (1 - share) / count + z * z / (4 * count * count), 0.0))
-    )
+    spread = max(share * (1 - share) / count + z * z / (4 * count * count), 0.0)
+    half = z / (1 + z * z / count) * math.sqrt(spread)
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
@@ -188,7 +185,7 @@ def _classes_of_shards(config: Config) -> tuple[str, ...]:
 
 def read_evaluation(file: Path) -> Evaluation:
     """A result of `irkd evaluate`; ValueError, TypeError or AttributeError if it is none."""
-    values = runfolder.parse(runfolder.read_bytes(file))
+    values = typed.parse(files.read(file))
     parts = [values.get(key) or {} for key in ("accuracy", "agreement", "pointing")]
     accuracy, agreement, pointing = ({int(k): v for k, v in part.items()} for part in parts)
     rows = []
@@ -200,11 +197,11 @@ def read_evaluation(file: Path) -> Evaluation:
         raise ValueError("it has no result")
     samples = values.get("samples")
     rates = (values.get("images_per_s") or {}).get(str(rows[-1][0]), {})
-    if not all(runfolder.is_number(v) for v in rates.values()):
+    if not all(typed.is_number(v) for v in rates.values()):
         raise ValueError("its images_per_s are no numbers")
     return Evaluation(
         str(values.get("split", "test")), Path(str(values.get("checkpoint", ""))).name,
-        samples if runfolder.is_count(samples) and samples else None, rows, rates,
+        samples if typed.is_count(samples) and samples else None, rows, rates,
         str(values.get("shards", "")) if "-data-" in file.stem else "",
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from irkd_dist import config as configuration
-from irkd_dist import runfolder
+from irkd_dist import typed
 from irkd_dist.config import Config
 from irkd_dist.report.reading import Run
 
@@ -91,7 +91,7 @@ def _sizes(run: Run, start: dict[str, Any]) -> list[tuple[str, str]]:
     """Numbers of images and parameters, and how fast the networks are, as far as they were written down."""
     found, counts = [], start.get("images")
     if isinstance(counts, dict):
-        told = (f"{n:,} {split}" for split, n in counts.items() if runfolder.is_count(n))
+        told = (f"{n:,} {split}" for split, n in counts.items() if typed.is_count(n))
         found.append(("Images", ", ".join(told)))
     own, teacher = start.get("parameters"), start.get("teacher_parameters")
     if own:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from irkd_dist import runfolder
+from irkd_dist import eventlog
 from irkd_dist.distill import methods, probe
 from irkd_dist.distill.models import parameter_count
 from irkd_dist.distill.teacher import Teacher, competence
@@ -55,7 +55,7 @@ def summarize(parts: Parts, folder: Path, tracker: Tracker, position: Position) 
     engine, manifest, plan = parts.engine, parts.manifest, parts.plan
     told = (
         e
-        for e in reversed(runfolder.read_events(folder))
+        for e in reversed(eventlog.read_events(folder))
         if e["event"] == "summary" and e.get("steps") == position.step
     )
     done = distributed.on_main(engine, lambda: next(told, None))
@@ -71,7 +71,7 @@ def summarize(parts: Parts, folder: Path, tracker: Tracker, position: Position) 
             if position.curriculum.best_checkpoint is not None:  # else it is lost, and the last stands for it
                 restore.load_into(engine, folder / position.curriculum.best_checkpoint, moments=False)
             summary["test_accuracy"] = metrics.accuracy(engine, parts.student, loader, "the student", tracker)
-    events = runfolder.read_events(folder)
+    events = eventlog.read_events(folder)
     if done is None:
         summary["val_accuracy"] = position.curriculum.best_accuracy
         summary["seconds"] = round(_training_seconds(events), 1)
@@ -222,7 +222,7 @@ def _some(parts: Parts, resolution: int, full: bool) -> tuple[Tensor, Tensor]:
 
 def _recorded(folder: Path, facts: dict[str, Any]) -> list[float] | None:
     """What an earlier start of the run has measured, under the same circumstances."""
-    told = (e for e in runfolder.read_events(folder) if e["event"] == "teacher" and e.get("facts") == facts)
+    told = (e for e in eventlog.read_events(folder) if e["event"] == "teacher" and e.get("facts") == facts)
     return next((e["accuracy"] for e in told), None)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from irkd_dist import checkpoint, runfolder
+from irkd_dist import checkpoint, eventlog, files, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.data.loader import Batch
@@ -20,6 +20,7 @@ from irkd_dist.training.build import Parts
 from irkd_dist.training.position import Position
 from irkd_dist.training.step import Taken
 from irkd_dist.training.tracking import SampleLog, Tracker
+from irkd_dist.writer import Writer
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Run:
     exchange: guard.Exchange
     decisions: dict[int, dict[str, Any]]  # by step: taken before a restart, to be taken again
     session: str  # this start of the run; the newest one owns the folder
-    writer: checkpoint.Writer = field(default_factory=checkpoint.Writer)
+    writer: Writer = field(default_factory=Writer)
     saved: float = field(default_factory=time.perf_counter)  # moment of the last checkpoint
     asked: bool = False  # to stop, some process
     seen: dict[int, list[int]] = field(default_factory=dict)  # samples of steps whose flags are not back yet
@@ -136,19 +137,16 @@ def _folder_opened(
 ) -> Iterator[Run]:  # fmt: skip
     config, engine, position = parts.config, parts.engine, resumed.position
     if engine.main:
-        try:
-            runfolder.write(folder / runfolder.CONFIG, configuration.to_yaml(config))
-            runfolder.write(folder / runfolder.SESSION, str(started))
-            runfolder.write_status(folder, "running", position.step, engine.world)
-        except OSError as error:
-            raise UserError(f"cannot write run folder {folder}: {error}") from error
+        files.write(folder / runfolder.CONFIG, configuration.to_yaml(config))
+        files.write(folder / runfolder.SESSION, str(started))
+        runfolder.write_status(folder, "running", position.step, engine.world)
     distributed.barrier(engine)
     assert config.name is not None
     track, tree = config.track, configuration.to_dict(config)
     tracker = Tracker(
         folder, engine.main, track.backend, track.mode, track.project, config.name, tree, requests.ask
     )
-    decisions = runfolder.read_decisions(folder, build.config_digest(config)) if engine.main else {}
+    decisions = eventlog.read_decisions(folder, build.config_digest(config)) if engine.main else {}
     # one that counts on a best which is gone is taken anew
     gone = {text.partition(": ")[0] for text in resumed.lost}
     decisions = {

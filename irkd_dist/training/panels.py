@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from irkd_dist import runfolder
+from irkd_dist import files, runfolder
 from irkd_dist.data.loader import Loader
 from irkd_dist.distill import methods, saliency
 from irkd_dist.training import build
@@ -29,7 +29,7 @@ def save(
     arrays = show(parts, loader, resolution)
     if arrays is None or not parts.engine.main:
         return None
-    with runfolder.whole(runfolder.panel_file(run, stage, epoch)) as file:
+    with files.whole(runfolder.panel_file(run, stage, epoch)) as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
     return picture(arrays)
 
@@ -91,7 +91,7 @@ def load(run: Path) -> tuple[list[tuple[int, int, dict[str, np.ndarray]]], list[
     result, problems = [], []
     for stage, epoch, file in runfolder.panel_files(run):
         try:
-            with np.load(io.BytesIO(runfolder.read_bytes(file)), allow_pickle=False) as stored:
+            with np.load(io.BytesIO(files.read(file)), allow_pickle=False) as stored:
                 arrays = dict(stored)
             _check(arrays)
             result.append((stage, epoch, arrays))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from irkd_dist import runfolder
+from irkd_dist import files, runfolder
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def decide(run: Path, limit: int, count: bool = True, owner: str | None = None) 
 
 def own(run: Path, owner: str) -> None:
     """Say which attempt of which job has the run folder from now on, and forget how the one before ended."""
-    runfolder.write(run / runfolder.OWNER, owner + "\n")
+    files.write(run / runfolder.OWNER, owner + "\n")
     (run / runfolder.STATUS).unlink(missing_ok=True)
 
 
@@ -81,4 +81,4 @@ def _newest_step(run: Path) -> int | None:
 
 
 def _write(file: Path, value: dict[str, object]) -> None:
-    runfolder.write(file, json.dumps(value) + "\n")
+    files.write(file, json.dumps(value) + "\n")

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from irkd_dist import checkpoint, runfolder
+from irkd_dist import checkpoint, files, runfolder
 from irkd_dist.config import Checkpoint
 from irkd_dist.errors import Stopped, Superseded, UserError
 from irkd_dist.training import curriculum, distributed, restore
@@ -141,5 +141,5 @@ def _milestones(folder: Path, position: Position, every: int | None) -> set[str]
     names = set(runfolder.read_word(record).split())
     if every is not None and position.epoch_step == 0 and position.epoch % every == 0:
         names.add(checkpoint.name(position.step))
-        runfolder.write(record, "\n".join(sorted(names)) + "\n")
+        files.write(record, "\n".join(sorted(names)) + "\n")
     return names

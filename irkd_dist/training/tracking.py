@@ -25,12 +25,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from irkd_dist import __version__, runfolder
+from irkd_dist import __version__, eventlog, files, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from irkd_dist.checkpoint import Writer
+    from irkd_dist.writer import Writer
 
 QUIET_S = 30.0  # off a terminal, between two lines on how far a measurement is
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class Tracker:
         self._kind = backend if main else "none"
         if not main:
             return
-        self._file = runfolder.open_log(run / runfolder.EVENTS)
+        self._file = eventlog.open_log(run / runfolder.EVENTS)
         self._pending: collections.deque[bytes] = collections.deque()
         self._full = False
         if backend == "wandb":
@@ -77,7 +77,7 @@ class Tracker:
         """Append one line to events.jsonl, flushed."""
         if self.main:
             line = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
-            self._pending.append(runfolder.event_line(line))
+            self._pending.append(eventlog.event_line(line))
             self._write()
             if kind == "stop" and self._kind == "wandb":
                 self._backend.stop()
@@ -199,9 +199,12 @@ def console(quiet: bool = False) -> Console:
 
 
 @contextmanager
-def count_bar(what: str) -> Iterator[tuple[Any, Any]]:
-    """A bar for counted work: yields `progress(done, total)` and `say(text)`. Off a terminal, a line now and then."""
-    terminal = console()
+def count_bar(what: str, pause_s: float = 0.0) -> Iterator[tuple[Any, Any]]:
+    """A bar for counted work: yields `progress(done, total)` and `say(text)`.
+
+    Off a terminal, a line at each tenth, or `pause_s` after the one before.
+    """
+    terminal, said = console(), time.monotonic()
     columns = (
         TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(),
@@ -212,9 +215,12 @@ def count_bar(what: str) -> Iterator[tuple[Any, Any]]:
         task = bar.add_task(what, total=None)
 
         def progress(done: int, total: int) -> None:
+            nonlocal said
             bar.update(task, completed=done, total=total)
-            if not terminal.is_terminal and (done == total or done % max(total // 10, 1) == 0):
+            tenth, now = done == total or done % max(total // 10, 1) == 0, time.monotonic()
+            if not terminal.is_terminal and (now - said > pause_s if pause_s else tenth):
                 terminal.print(f"{done} of {total} {what}")
+                said = now
 
         yield progress, terminal.print
 
@@ -296,7 +302,7 @@ class SampleLog:
         self._file: Any = None
         self._started = started
         if asked:
-            self._file = runfolder.open_log(runfolder.samples_file(run, rank))
+            self._file = eventlog.open_log(runfolder.samples_file(run, rank))
             self.go_on_from(step)
 
     def __enter__(self) -> SampleLog:
@@ -378,7 +384,7 @@ class _Wandb:
             raise UserError(
                 f"track.mode={mode}: W&B does not start: {reason} (offline needs no account)"
             ) from error
-        runfolder.write(id_file, self.run.id)
+        files.write(id_file, self.run.id)
 
     def log(self, values: dict[str, float], step: int) -> None:
         self._call(lambda: self.run.log(values, step=step))

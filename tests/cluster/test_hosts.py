@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from irkd_dist.data import sampler
-from irkd_dist.runfolder import read_events, read_samples
+from irkd_dist.eventlog import read_events, read_samples
 from tests.cluster.hosts import Host, Program, hosts, missing
 from tests.cluster.slurm import wait_for
 from tests.training.launch import irkd

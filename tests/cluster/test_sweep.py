@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from irkd_dist import config
-from irkd_dist.runfolder import read_events
+from irkd_dist.eventlog import read_events
 from tests.cluster.slurm import Cluster
 from tests.cluster.slurm import wait_for as poll
 from tests.cluster.wandb_server import WandbServer

@@ -324,6 +324,40 @@ def test_unreadable_images_are_named_counted_and_limited(
     assert keys == [f"{i:09d}" for i in range(20) if i not in (3, 17)]
 
 
+def test_what_is_white_in_floats_is_one_value_for_a_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root, out = tmp_path / "images", tmp_path / "out"
+    values = {
+        "ant/0": 200,
+        "ant/1": 0.5,
+        "ant/2": 0,
+        "bee/0": 250,
+        "bee/1": 90,
+    }  # 0.5: dark; 0: black, tells nothing
+    for name, value in values.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), value, np.float32)).save(root / f"{name}.tiff")
+    Image.fromarray(np.full((8, 8), 7, np.uint8)).save(root / "bee" / "2.png")
+    command = ["folder", "--path", root, "--resolutions", "8", "--val-fraction", 0, "--samples-per-shard", 3]
+    for workers in (1, 1, 2):  # the records of the first are gone on from
+        message = _fails(out, *command, "--workers", workers, capsys=capsys)
+        assert f"1 within 0..1 (such as {root / 'ant' / '1.tiff'})" in message
+        assert f"within 0..255 (such as {root / 'ant' / '0.tiff'})" in message
+        assert "--white 1, 255 or 65535" in message
+    assert _render(out, *command, "--white", 255, "--overwrite") == 0
+    assert "4 images are of floats or 32-bit numbers, white at 255 (--white)" in capsys.readouterr().out
+    assert [int(s["png"].max()) for s in _stock(out, 8, "train")] == [200, 0, 0, 250, 90, 7]
+    assert shards.load_manifest(out).render["white"] == 255
+    assert "go from 200 to 200, not within 0..1 (--white)" in _fails(
+        tmp_path / "o", *command, "--white", 1, capsys=capsys
+    )
+    (root / "ant" / "1.tiff").unlink()  # a single range needs no word
+    assert _render(tmp_path / "one", *command) == 0
+    assert "3 images are of floats or 32-bit numbers, white at 255 (--white)" in capsys.readouterr().out
+    assert "white" not in shards.load_manifest(tmp_path / "one").render
+
+
 def test_what_was_changed_is_counted_and_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = _two_classes(tmp_path / "images")
     Image.new("RGB", (8, 6), "red").save(root / "ant" / "wide.png")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from irkd_dist.runfolder import read_events
+from irkd_dist.eventlog import read_events
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _SERVER = multiprocessing.get_context("forkserver")

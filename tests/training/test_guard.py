@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from irkd_dist import checkpoint, faults, runfolder
+from irkd_dist import checkpoint, eventlog, faults
 from irkd_dist import config as configuration
 from irkd_dist.training import guard, metrics, restore, step
 from irkd_dist.training.train import train
@@ -68,7 +68,7 @@ def test_fifty_steps_wait_for_nothing(student_yaml: Path, waits: Waits, more: li
         "track.log_every=1000",
     ]
     train(configuration.load(student_yaml, ["name=waits", *short, *more]))
-    assert len(runfolder.read_events(student_yaml.parent / "waits")) > 3
+    assert len(eventlog.read_events(student_yaml.parent / "waits")) > 3
     assert waits.found == []
 
 
@@ -138,7 +138,7 @@ def test_going_back_to_the_start_of_a_stage_resets_its_moments_too(
     monkeypatch.setenv("IRKD_FAULT", "nan@loss:8,nan@loss:9,nan@loss:10")
     monkeypatch.setattr(faults, "_done", set())
     train(configuration.load(student_yaml, ["name=back", "optim.max_skips=2"]))
-    events = runfolder.read_events(student_yaml.parent / "back")
+    events = eventlog.read_events(student_yaml.parent / "back")
     assert [e["checkpoint"] for e in events if e["event"] == "rollback"] == ["step-00000008"]
     told, back = final(student_yaml.parent / "told"), final(student_yaml.parent / "back")
     assert all(torch.equal(back[key], told[key]) for key in told)
@@ -159,5 +159,5 @@ def test_going_back_to_a_checkpoint_whose_best_is_gone_takes_the_next_best(
     only = ["curriculum.stages=[{resolution: 12}]", "optim.max_skips=2"]
     train(configuration.load(student_yaml, ["name=lost", *only]))
     assert "the run goes on without it: best/stage-00-step-00000004" in capsys.readouterr().out
-    judged = [e for e in runfolder.read_events(run) if e["event"] == "evaluation"]
+    judged = [e for e in eventlog.read_events(run) if e["event"] == "evaluation"]
     assert [(e["step"], e["best"]) for e in judged] == [(4, True), (8, True)]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from irkd_dist import checkpoint
 from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
-from irkd_dist.runfolder import read_events
+from irkd_dist.eventlog import read_events
 from irkd_dist.training.train import train
 from tests.training.launch import irkd
 

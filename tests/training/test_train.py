@@ -13,7 +13,7 @@ from irkd_dist import checkpoint, configured, evaluate, networks
 from irkd_dist import config as configuration
 from irkd_dist.data import sampler
 from irkd_dist.errors import UserError
-from irkd_dist.runfolder import read_events, read_samples
+from irkd_dist.eventlog import read_events, read_samples
 from irkd_dist.training import panels
 from irkd_dist.training.train import train
 

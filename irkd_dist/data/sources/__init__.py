@@ -11,7 +11,7 @@ from typing import get_args
 
 import numpy as np
 
-from irkd_dist.data import files
+from irkd_dist import files
 from irkd_dist.data.sources.base import Kind, Raw, Source
 from irkd_dist.data.sources.common import reading
 from irkd_dist.data.sources.naming import named

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from irkd_dist.data import files
+from irkd_dist import files
 from irkd_dist.data.sources.base import Raw, Source
-from irkd_dist.data.sources.common import fingerprint, one_line, reading
-from irkd_dist.errors import UserError, printable
+from irkd_dist.data.sources.common import fingerprint, reading
+from irkd_dist.errors import UserError, one_line, printable
 
 _TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 _TEST = ("test_batch",)

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from irkd_dist.data import files
-from irkd_dist.errors import UserError
+from irkd_dist import files
+from irkd_dist.errors import UserError, reason
 
 SPLITS = {
     "train": "train",
@@ -86,7 +86,7 @@ def _below(path: Path, left: Counter[str]) -> Iterator[Path]:
 
 def refuse(error: OSError) -> None:
     """For os.walk, which leaves out what it cannot list without a word."""
-    raise UserError(f"cannot list {error.filename}: {error.strerror}") from error
+    raise UserError(f"cannot list {error.filename}: {reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -135,12 +135,3 @@ def fingerprint(*facts: Any, containers: Iterable[Path] = ()) -> str:
             stream.seek(max(0, size - (1 << 16)))
             digest.update(stream.read())
     return digest.hexdigest()
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def reason(error: BaseException) -> str:
-    """Why a file cannot be read, without the file's name, which the message has already."""
-    return (error.strerror if isinstance(error, OSError) else None) or one_line(error)

@@ -17,7 +17,7 @@ from irkd_dist.data.sources.base import Raw, Source
 from irkd_dist.data.sources.common import SPLITS, fingerprint, is_hidden, kind_of, ordered, refuse, said
 from irkd_dist.data.sources.naming import class_name
 from irkd_dist.data.sources.suffixes import image_suffixes
-from irkd_dist.errors import UserError
+from irkd_dist.errors import UserError, reason
 
 
 def open_folder(path: Path) -> Source:
@@ -184,7 +184,7 @@ class _Walk:
             try:
                 entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
             except OSError as error:
-                raise UserError(f"cannot list {folder}: {error.strerror}") from error
+                raise UserError(f"cannot list {folder}: {reason(error)}") from error
             for entry in entries:
                 if is_hidden(entry.name):
                     self._here["hidden"] += 1
@@ -199,10 +199,8 @@ class _Walk:
     def _take(self, entry: os.DirEntry[str], found: list[tuple[str, int]]) -> None:
         try:
             status = entry.stat()
-        except OSError:
-            found.append(
-                (entry.path, -1)
-            )  # a link to nothing: an image that cannot be read, named when it is
+        except OSError:  # a link to nothing: an image that cannot be read, named when it is
+            found.append((entry.path, -1))
             return
         if stat.S_ISREG(status.st_mode):
             found.append((entry.path, status.st_size))

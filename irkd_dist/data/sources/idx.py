@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from irkd_dist.data import files
+from irkd_dist import files
 from irkd_dist.data.sources.base import Raw, Source
 from irkd_dist.data.sources.common import containers, fingerprint, ordered, reading, split_of
 from irkd_dist.errors import UserError

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from irkd_dist import typed
 from irkd_dist.data.sources.base import Raw, Source
 from irkd_dist.data.sources.common import by_split, containers, fingerprint, reading, said
 from irkd_dist.errors import UserError, printable
@@ -73,9 +73,9 @@ def _only(names: dict[tuple[str, ...], Path]) -> tuple[str, ...]:
 def _features(schema: pa.Schema) -> dict[str, Any]:
     """Hugging Face's description of the columns, {} where there is none."""
     try:
-        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        info = typed.parse((schema.metadata or {}).get(b"huggingface", b"{}"))
         return dict(info["info"]["features"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return {}
 
 
