@@ -44,7 +44,7 @@ def compiled(distiller: Distiller, backend: str = "inductor") -> Distiller:
 
     Names of weights stay. An engine wraps it afterwards, as it would the one that is not compiled.
     """
-    distiller.compute = Compiled(distiller.terms, "the student", backend)
+    distiller.forward = Compiled(distiller.forward, "the student", backend)  # type: ignore[method-assign]
     return distiller
 
 

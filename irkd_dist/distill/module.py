@@ -61,8 +61,8 @@ class Distiller(nn.Module):
         self.inner_grad_context = inner_grad_context
         methods.load(objective.method)
         taps.put_taps(student, objective.taps)
-        self.compute: Callable[..., dict[str, Tensor]] = self.terms  # or that, compiled (`compiling`)
 
+    # `compiling` may put a compiled one in its place
     def forward(
         self,
         images: Tensor,
@@ -72,19 +72,6 @@ class Distiller(nn.Module):
         alpha: float = 0.0,
         gamma: float = 0.0,
         saliency_scale: float = 1.0,
-    ) -> dict[str, Tensor]:
-        """The named loss terms of a batch share: see `terms`."""
-        return self.compute(images, target, weight, targets, alpha, gamma, saliency_scale)
-
-    def terms(
-        self,
-        images: Tensor,
-        target: Tensor,
-        weight: Tensor,
-        targets: Targets,
-        alpha: float,
-        gamma: float,
-        saliency_scale: float,
     ) -> dict[str, Tensor]:
         """Compute the named loss terms of a batch share.
 
@@ -96,8 +83,22 @@ class Distiller(nn.Module):
             Scalars: `total` to differentiate, the detached terms `ce`, `kd`, `saliency` where they are computed,
             `correct` (samples right) and `flat` (maps without a shape).
         """
+        aligned, maps = len(targets.maps[0]) if gamma and targets.maps else 0, []
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
-            output, maps = self._student_forward(images, target, targets.maps if gamma else None)
+            if not aligned:
+                output = self.student(images)
+            else:
+                output, maps = taps.forward_with_maps(
+                    self.student,
+                    images[:aligned],
+                    list(self.objective.taps),
+                    self.objective.method,
+                    target[:aligned],
+                    frozen=False,
+                    context=self.inner_grad_context(),
+                )
+                if aligned < len(images):
+                    output = _joined(output, self.student(images[aligned:]))
         logits = models.inference_logits(output)
         class_logits, distilled_logits = output if isinstance(output, tuple) else (output, output)
         distils = alpha > 0 and targets.logits is not None
@@ -132,25 +133,10 @@ class Distiller(nn.Module):
         terms["total"] = total
         return terms
 
-    def _student_forward(
-        self, images: Tensor, target: Tensor, teacher_maps: list[Tensor] | None
-    ) -> tuple[Tensor | tuple[Tensor, Tensor], list[Tensor]]:
-        aligned = len(teacher_maps[0]) if teacher_maps else 0
-        if not aligned:
-            return self.student(images), []
-        output, maps = taps.forward_with_maps(
-            self.student,
-            images[:aligned],
-            list(self.objective.taps),
-            self.objective.method,
-            target[:aligned],
-            frozen=False,
-            context=self.inner_grad_context(),
-        )
-        if aligned < len(images):
-            rest = self.student(images[aligned:])
-            if isinstance(output, tuple):
-                output = torch.cat((output[0], rest[0])), torch.cat((output[1], rest[1]))
-            else:
-                output = torch.cat((output, rest))
-        return output, maps
+
+def _joined(first: taps.Output, rest: taps.Output) -> taps.Output:
+    """Outputs of two parts of a batch as one."""
+    if isinstance(first, tuple):
+        return torch.cat((first[0], rest[0])), torch.cat((first[1], rest[1]))
+    assert isinstance(rest, Tensor)
+    return torch.cat((first, rest))

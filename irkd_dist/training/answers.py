@@ -135,7 +135,7 @@ def _wanted(parts: Parts, loader: Loader, position: Position, alpha: float, gamm
 def wanted(
     config: Config, loader: Loader, epoch: int, step: int, at: int, alpha: float, gamma: float
 ) -> Wanted:
-    """What a step of an epoch, the run's step `at`, will ask of the cache: see `step.forward`."""
+    """What a step of an epoch, the run's step `at`, will ask of the cache: see `step.arguments`."""
     spec, (ids, positions, size), aligned = config.loss.saliency, loader.samples(epoch, step), 0
     if gamma and at % spec.every == 0:
         chosen = int((positions < math.ceil(spec.fraction * size)).sum())

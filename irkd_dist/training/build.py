@@ -250,11 +250,13 @@ def _teacher(
         )
         mean, std = (torch.tensor(v, device=engine.device).view(3, 1, 1) for v in (network.mean, network.std))
         renormalize = (ours_std / std, (ours_mean - mean) / std)
-    # explicit attention on a CPU with and without maps: as quick, and runs of both kinds can share a cache's logits
+    # with a cache explicit attention without maps too: runs of both kinds can share its logits
+    cached = config.teacher is not None and config.teacher.cache.folder is not None
+    explicit = cached or (saliency.gamma > 0 and methods.inner_gradient(saliency.method))
     if restore.teacher_sharded(config, engine):  # shards are of one type, and reach the device one by one
-        model = freeze(network.model, None, True, engine.device)
+        model = freeze(network.model, None, explicit, engine.device)
     else:
-        model = freeze(network.model.to(engine.device), engine.autocast, True, engine.device)
+        model = freeze(network.model.to(engine.device), engine.autocast, explicit, engine.device)
     return Teacher(model, paths, saliency.method, engine.autocast, renormalize)
 
 

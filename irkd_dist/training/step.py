@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +52,8 @@ def take(parts: Parts, batches: list[Batch], alpha: float, gamma: float, step: i
     for i, (rank, part, piece) in enumerate(pieces):
         torch.manual_seed(virtual.seed(config.seed, step, rank, part))
         with engine.micro_batch(last=i == len(pieces) - 1):
-            made = forward(
-                parts.module, parts.answers or parts.teacher, config.loss.saliency, piece, alpha, gamma, step
-            )
+            teacher = parts.answers or parts.teacher
+            made = parts.module(*arguments(teacher, config.loss.saliency, piece, alpha, gamma, step))
             if (
                 several
             ):  # a batch's weights make the mean over slices; the engine takes the one over processes
@@ -96,16 +95,15 @@ def parts(batch: Batch, count: int) -> list[Batch]:
     ]
 
 
-def forward(
-    module: nn.Module,
+def arguments(
     teacher: Teacher | CachedTeacher | None,
     spec: Saliency,
     batch: Batch,
     alpha: float,
     gamma: float,
     step: int,
-) -> dict[str, Tensor]:
-    """Teacher and student on one rank's share of a batch; returns the loss terms of `Distiller.forward`.
+) -> tuple[Any, ...]:
+    """What `Distiller.forward` takes of a batch: the images, and what the teacher says of them.
 
     Saliency is aligned on every `every`-th step, for the first `fraction` of the global batch's positions; a rank's
     share ascends in position, so that these are its first samples. Each rank runs the same forwards: one that has no
@@ -133,7 +131,7 @@ def forward(
         else:
             targets = teacher(images, target, aligned, logits=alpha > 0)
     scale = batch.size / chosen if chosen else 1.0
-    return module(batch.images, target, batch.weight, targets, alpha, gamma if chosen else 0.0, scale)
+    return batch.images, target, batch.weight, targets, alpha, gamma if chosen else 0.0, scale
 
 
 def learning_rate(

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from irkd_dist.training.tracking import read_events
+from irkd_dist.eventlog import read_events
 from tests.cases.command import Done, Process, irkd, irkd_alone, until, write_config
 
 # ---- shards

@@ -81,9 +81,10 @@ def run_case(overrides: dict[str, object], base: list[str], out: Path) -> dict[s
     sums = dict.fromkeys(("total", "ce", "kd", "saliency"), torch.zeros(()))
     for i, part in enumerate(step.parts(batch, count)):
         with engine.micro_batch(last=i == count - 1):
-            terms = step.forward(
-                job.module, job.teacher, loss.saliency, part, loss.kd.alpha, loss.saliency.gamma, step=0
+            told = step.arguments(
+                job.teacher, loss.saliency, part, loss.kd.alpha, loss.saliency.gamma, step=0
             )
+            terms = job.module(*told)
             engine.backward(terms["total"])
         sums = {key: value + terms.get(key, torch.zeros(())).detach() for key, value in sums.items()}
     real = batch.weight > 0

@@ -17,8 +17,8 @@ from irkd_dist.distill import cache_admin, cache_files, cache_shards
 from irkd_dist.distill.module import Targets
 from irkd_dist.distill.teacher import Teacher
 from irkd_dist.errors import UserError
+from irkd_dist.eventlog import read_events
 from irkd_dist.teach import teach
-from irkd_dist.training.tracking import read_events
 from irkd_dist.training.train import train
 from tests.training.launch import REPOSITORY, irkd
 
