@@ -183,7 +183,7 @@ def unsound(content: Content) -> str | None:
         for key, value in tensors.items():
             if not value.is_floating_point() or not value.numel():
                 continue
-            low, high = torch.aminmax(value)
+            low, high = torch.aminmax(value.float() if value.itemsize < 2 else value)  # of fp8 torch has none
             buffer = kind == "weight" and bool(trained) and key not in trained
             if low.isnan() or (not buffer and not (low.isfinite() and high.isfinite())):
                 return f"{kind} {key} is not finite"

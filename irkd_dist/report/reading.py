@@ -192,6 +192,8 @@ def read_evaluation(file: Path) -> Evaluation:
     for size in sorted({*accuracy, *agreement, *pointing}):
         maps = agreement.get(size) or {}
         row = (accuracy.get(size), maps.get("mse"), maps.get("correlation"), pointing.get(size))
+        if not all(v is None or typed.is_real(v) for v in row):
+            raise ValueError(f"what it says of {size} px are no numbers")
         rows.append((size, *(None if v is None or v != v else float(v) for v in row)))
     if not rows:
         raise ValueError("it has no result")

@@ -49,7 +49,17 @@ def scratch() -> Path:
 
 def prepare() -> None:
     """Import what the targets need and make what they share, once, before processes are forked."""
-    for module in ("checkpoint", "runs", "status", "evaluate", "study", "report.reading", "training.requeue"):
+    for module in (
+        "checkpoint",
+        "networks",
+        "runfolder",
+        "eventlog",
+        "status",
+        "evaluate",
+        "study",
+        "report.reading",
+        "training.requeue",
+    ):
         importlib.import_module(f"irkd_dist.{module}")
     for kind in ("cifar10", "folder", "idx", "parquet", "wds"):
         importlib.import_module(f"irkd_dist.data.sources.{kind}")
@@ -223,8 +233,8 @@ def image(data: bytes) -> None:
     options = irkd("data.render.Options")((8,), val_fraction=0.0, max_bad=1)
     source = irkd("data.sources.open_source")("folder", folder)
     for job in irkd("data.render._jobs")(source, options)[0]:
-        work = irkd("data.render._Work")(source, out, options, (8,), "")
-        irkd("data.render._render_shard")(work, job)
+        work = irkd("data.renderjob.Work")(source, out, options, (8,), "")
+        irkd("data.renderjob.render_shard")(work, job, lambda: False)
 
 
 def _files(name: str, files: dict[str, bytes]) -> Path:
@@ -255,16 +265,16 @@ def state(data: bytes) -> None:
     with _instead(folder / "state.json", data):
         irkd("checkpoint.newest")(folder.parent)
         irkd("checkpoint.load")(folder)
-        irkd("runs.checkpoint_of")(run_folder(), "best")
-        irkd("runs.load_network")(folder)
+        irkd("checkpoint.find")(run_folder(), "best")
+        irkd("networks.load")(folder)
 
 
 def weights(data: bytes) -> None:
     """student.safetensors of a checkpoint whose state vouches for it, and as a file that a configuration names."""
     folder = _checkpoint()
     with _vouched(folder, "student.safetensors", data):
-        irkd("runs.load_network")(folder)
-        irkd("runs.read_weights")(folder / "student.safetensors")
+        irkd("networks.load")(folder)
+        irkd("distill.weights.read")(folder / "student.safetensors", "weights")
 
 
 def moments(data: bytes) -> None:
@@ -296,8 +306,8 @@ def events(data: bytes) -> None:
     """events.jsonl: resumed from, asked for its status, reported."""
     run = run_folder()
     with _instead(run / "events.jsonl", data):
-        irkd("training.tracking.read_events")(run)
-        irkd("training.tracking.read_decisions")(run, "0")
+        irkd("eventlog.read_events")(run)
+        irkd("eventlog.read_decisions")(run, "0")
         _status(run)
         _read_run()
 
@@ -328,7 +338,7 @@ def run_config(data: bytes) -> None:
     """config.yaml of somebody's run folder."""
     run = run_folder()
     with _instead(run / "config.yaml", data):
-        irkd("runs.load_config")(run)
+        irkd("runfolder.read_config")(run)
         _status(run)
 
 
@@ -337,12 +347,12 @@ def samples(data: bytes) -> None:
     run = run_folder()
     (run / "samples").mkdir(exist_ok=True)
     with _instead(run / "samples" / "rank-00000.jsonl", data):
-        irkd("training.tracking.read_samples")(run)
+        irkd("eventlog.read_samples")(run)
 
 
 def evaluation(data: bytes) -> None:
     """evaluation.json, as the report reads it."""
-    with _instead(run_folder() / irkd("evaluate.RESULT"), data):
+    with _instead(run_folder() / irkd("runfolder.EARLIER_EVALUATION"), data):
         _read_run()
 
 

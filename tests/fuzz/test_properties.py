@@ -58,7 +58,9 @@ def test_our_scan_finds_what_tarfile_finds(members: dict[str, bytes], style: int
         data = file.read_bytes()
         ours = {
             name: data[offset : offset + size]
-            for name, offset, size, *_ in irkd("data.shards._members")(file)
+            for name, _, _, offset, size, _ in irkd("data.index.members")(
+                lambda count, at: data[at : at + count], len(data)
+            )
         }
         assert ours == members
 
@@ -110,7 +112,7 @@ def test_any_tree_as_a_configuration_ends_well_or_in_a_line(tree: dict) -> None:
 def test_events_of_any_values_are_read_or_left_out(lines: list[dict]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        found = _well(irkd("training.tracking.read_events"), Path(folder))
+        found = _well(irkd("eventlog.read_events"), Path(folder))
         kept = [json.dumps(line) for line in lines]
         assert all(json.dumps(event) in kept for event in found or [])
 

@@ -4,6 +4,7 @@ import functools
 import io
 import lzma
 import pickle
+import pickletools
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -67,11 +68,19 @@ def _batch(path: Path, name: str) -> dict[str, Any]:
             "its unpacked cifar-10-batches-py, or the folder that holds either"
         )
     try:
+        _check_memo(data)
         batch = _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
         (_check_names if name == "batches.meta" else _check_batch)(batch)
     except Exception as error:  # a damaged pickle may raise anything
         raise UserError(f"{path}: {name} is not a CIFAR-10 batch: {one_line(error)}") from error
     return batch
+
+
+def _check_memo(data: bytes) -> None:
+    """Raises ValueError for places in the unpickler's memory that it would take gigabytes to reach."""
+    for op, place, _ in pickletools.genops(data):
+        if op.name in ("PUT", "LONG_BINPUT") and int(place) > len(data):  # type: ignore[arg-type]
+            raise ValueError(f"it asks for place {place} of the unpickler's memory")
 
 
 def _check_names(batch: Any) -> None:
