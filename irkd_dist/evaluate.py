@@ -79,8 +79,13 @@ def evaluate(
         teacher, taps = _teacher(config, network, manifest, place, notes)
         task = _Task(network, config, manifest, place, teacher, taps)
         sizes = sorted(set(resolutions or _default_resolutions(task)))
-        for size in sizes:
+        for size in list(sizes):
             _check_resolution(task, size)
+            if (why := _refusal(task, size)) is not None:
+                if resolutions:
+                    raise UserError(f"--resolutions {size}: {why}")
+                sizes.remove(size)
+                notes.append(f"{size} px is left out: {why}")
         result = _measure(task, split, sizes) | {"notes": notes}
         if place.main:
             other_data = network.state.get("data_digest") not in (None, build.data_digest(manifest))
@@ -261,6 +266,23 @@ def _check_resolution(task: _Task, size: int) -> None:
     for role, patch in _patches(task).items():
         if size % patch:
             raise UserError(f"--resolutions {size} is not a multiple of patch size {patch} ({role})")
+
+
+def _refusal(task: _Task, size: int) -> str | None:
+    """Why a network does not take images of this size, as convolutional ones may not; None if both do."""
+    full = task.config.teacher is not None and task.config.teacher.view == "full"
+    pairs = [("the student", task.network.model, size)]
+    if task.teacher is not None:
+        pairs.append(("the teacher", task.teacher.model, max(task.manifest.resolutions) if full else size))
+    for role, model, side in pairs:
+        autocast = task.place.autocast
+        image = torch.zeros(1, 3, side, side, device=task.place.device)
+        try:
+            with torch.no_grad(), torch.autocast(image.device.type, autocast, enabled=autocast is not None):
+                model(image)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            return f"{role} cannot take it: {next(iter(str(error).splitlines()), type(error).__name__)}"
+    return None
 
 
 def _write(path: Path, network: Network, result: dict[str, Any], other_data: str | None) -> None:

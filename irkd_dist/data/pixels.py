@@ -113,6 +113,8 @@ def _decode_by_pillow(data: bytes, encoding: Encoding) -> torch.Tensor:
         image = Image.open(io.BytesIO(data), formats=[{"jpg": "JPEG"}.get(encoding, encoding)])
         if image.width * image.height > _MOST_PIXELS:
             raise ValueError(f"it says that it has {image.width} x {image.height} pixels")
+        if image.mode == "P" and encoding == "png" and b"PLTE" not in data:  # Pillow makes one up
+            raise ValueError("it has no palette")
         pixels = np.array(rgb(image))
     except Exception as error:  # damaged files make Pillow raise nearly anything
         reason = "no such header" if isinstance(error, Image.UnidentifiedImageError) else error
