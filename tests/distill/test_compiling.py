@@ -119,8 +119,8 @@ def test_a_missing_gradient_is_an_error_when_compiled_too() -> None:
     arguments = (images, target, torch.full((3,), 1 / 3), Targets(None, [torch.rand(3, 3, 3)]), 0.0, 1.0, 1.0)
     with pytest.raises(MissingGradient, match="does not depend on the output of 'aside'"):
         module(*arguments)
+    plain = Distiller(Aside(), Objective(taps=("aside",)))
     with pytest.raises(torch._dynamo.exc.Unsupported):  # without our wrapper an error too, never zeros
-        plain = Distiller(Aside(), Objective(taps=("aside",)))
         torch.compile(plain.forward, fullgraph=True, backend=BACKEND)(*arguments)
 
 

@@ -405,7 +405,7 @@ def test_a_full_view_reaches_panels_and_agreement(shapes: Path, student_yaml: Pa
         (["student.options.num_heads=0"], "timm cannot create"),
         (["student.options.in_chans=1"], "cannot take images at the stage of 12 px"),
         (["student.options.num_classes=5"], "5,.*10 classes"),
-        (["loss.saliency.taps=[head]"], "cannot take images"),
+        (["loss.saliency.taps=[head]"], "'head' gives .* no patch tokens and no grid"),
     ],
 )
 def test_a_model_that_cannot_run_is_refused_before(
@@ -431,7 +431,8 @@ def test_bests_that_a_fallback_needs_stay(student_yaml: Path) -> None:
 
 def test_no_loss_that_is_not_finite_is_checkpointed(student_yaml: Path) -> None:
     with pytest.raises(
-        UserError, match=r"no finite gradient on 4 steps in a row .* had already gone back and left out 4"
+        UserError,
+        match=r"no finite gradient on 4 steps in a row .* left out 4|the logits of the student are not finite",
     ):
         run(student_yaml, "optim.lr=1e30", "checkpoint.every_steps=1", "track.log_every=1000")
     kept = (student_yaml.parent / "run" / "checkpoints").glob("step-*")
