@@ -23,8 +23,11 @@ $(STAMP): pyproject.toml requirements.lock
 demo: $(STAMP)
 	$(BIN)/irkd demo
 
+# two halves side by side, on two cores: tests/training starts many processes, the others few; its log comes last
 test: $(STAMP)
-	$(BIN)/python -m pytest --ignore=tests/cluster
+	@log=$$(mktemp); { $(BIN)/python -m pytest tests/training >$$log 2>&1 & } ; half=$$!; \
+		$(BIN)/python -m pytest --ignore=tests/cluster --ignore=tests/training; code=$$?; \
+		wait $$half || code=1; cat $$log; rm -f $$log; exit $$code
 
 cluster: $(STAMP)
 	$(BIN)/python -m pytest tests/cluster
