@@ -45,6 +45,7 @@ from irkd_dist.training import (
     tracking,
 )  # fmt: skip
 from irkd_dist.training.engines import Engine
+from irkd_dist.training.parts import Parts
 
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "safetensors", "wandb")
 # of one check (DeepSpeed compiles at its first use), then a process does not answer: it ends
@@ -364,7 +365,7 @@ def _batch(engine: Engine, config: Config, manifest: shards.Manifest) -> str:
     return text
 
 
-def _step(job: build.Parts, number: int) -> str:
+def _step(job: Parts, number: int) -> str:
     """Two training steps: the first one warms up, the second is timed; then what a stage's end computes."""
     engine, loss = job.engine, job.config.loss
     _forget_peak(engine)

@@ -20,7 +20,7 @@ from irkd_dist.distill import cache_shards
 from irkd_dist.distill.cache import CachedTeacher, Wanted
 from irkd_dist.errors import Stopped, UserError
 from irkd_dist.training import answers, build, distributed, engines, restore
-from irkd_dist.training.build import Parts
+from irkd_dist.training.parts import Parts
 
 
 @dataclass(frozen=True)

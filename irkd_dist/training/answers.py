@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,12 +23,9 @@ from irkd_dist.distill.cache import CachedTeacher, Keys, Wanted
 from irkd_dist.distill.teacher import Teacher
 from irkd_dist.training import distributed, restore
 from irkd_dist.training.engines import Engine
+from irkd_dist.training.parts import Parts
 from irkd_dist.training.position import Position
-
-if TYPE_CHECKING:
-    from irkd_dist.training.build import Parts
-    from irkd_dist.training.tracking import Tracker
-
+from irkd_dist.training.tracking import Tracker
 
 MACHINE = ("chunk", "torch", "machine", "threads", "fused_attention")  # of a key: what decides the last bits
 

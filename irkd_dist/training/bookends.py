@@ -16,7 +16,7 @@ from irkd_dist.distill.models import parameter_count
 from irkd_dist.distill.teacher import Teacher, competence
 from irkd_dist.errors import UserError
 from irkd_dist.training import build, distributed, metrics, restore
-from irkd_dist.training.build import Parts
+from irkd_dist.training.parts import Parts
 from irkd_dist.training.position import Position
 from irkd_dist.training.restore import Resumed
 from irkd_dist.training.tracking import Tracker, provenance, summary_table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +20,13 @@ from irkd_dist.data.loader import EVALUATION_BATCH, Loader
 from irkd_dist.data.sampler import Share
 from irkd_dist.data.views import View
 from irkd_dist.distill import methods, models
-from irkd_dist.distill.cache import CachedTeacher
-from irkd_dist.distill.measure import TappedModel
 from irkd_dist.distill.module import Distiller, Objective
 from irkd_dist.distill.teacher import Teacher, freeze
 from irkd_dist.errors import UserError
 from irkd_dist.training import answers, curriculum, engines, optim, preflight, restore, virtual
 from irkd_dist.training.curriculum import StagePlan
 from irkd_dist.training.engines import Engine
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of; all of it lives as long as the run."""
-
-    config: Config
-    engine: Engine
-    manifest: shards.Manifest
-    plan: curriculum.Plan
-    student: nn.Module  # the network itself
-    module: nn.Module  # Distiller in the engine's wrapper
-    optimizer: torch.optim.Optimizer  # its groups hold the learning rate; the engine steps it
-    teacher: Teacher | None
-    answers: CachedTeacher | None  # the teacher in the loop, where it has a cache
-    taps: list[str]  # module paths in the student; empty if it has none that the method reads
-    identity: dict[str, Any]  # written into every checkpoint: model, classes, normalisation, digests
-    notes: list[str]  # what a user should know before the first step
-
-    @property
-    def tapped(self) -> TappedModel:
-        """The student as its maps are read for panels and agreement."""
-        return TappedModel(self.student, self.taps, self.config.loss.saliency.method, self.engine.autocast)
+from irkd_dist.training.parts import Parts
 
 
 def build(config: Config, engine: Engine) -> Parts:

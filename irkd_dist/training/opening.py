@@ -16,7 +16,7 @@ from irkd_dist.config import Config
 from irkd_dist.data.loader import Batch
 from irkd_dist.errors import Passing, Stopped, Superseded, UserError
 from irkd_dist.training import bookends, build, distributed, engines, guard, metrics, restore
-from irkd_dist.training.build import Parts
+from irkd_dist.training.parts import Parts
 from irkd_dist.training.position import Position
 from irkd_dist.training.step import Taken
 from irkd_dist.training.tracking import SampleLog, Tracker

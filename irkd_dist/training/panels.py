@@ -15,7 +15,7 @@ from irkd_dist import files, runfolder
 from irkd_dist.data.loader import Loader
 from irkd_dist.distill import methods, saliency
 from irkd_dist.training import build
-from irkd_dist.training.build import Parts
+from irkd_dist.training.parts import Parts
 
 
 def save(

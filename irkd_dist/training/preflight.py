@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,9 +17,7 @@ from irkd_dist.distill.teacher import Teacher
 from irkd_dist.errors import UserError
 from irkd_dist.training import distributed, virtual
 from irkd_dist.training.engines import Engine
-
-if TYPE_CHECKING:
-    from irkd_dist.training.build import Parts
+from irkd_dist.training.parts import Parts
 
 
 def check_data(config: Config, engine: Engine, manifest: shards.Manifest) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,8 @@ from irkd_dist.distill import models
 from irkd_dist.errors import UserError
 from irkd_dist.training import curriculum, distributed, engines
 from irkd_dist.training.engines import Engine
+from irkd_dist.training.parts import Parts
 from irkd_dist.training.position import Position
-
-if TYPE_CHECKING:
-    from irkd_dist.training.build import Parts
 
 EXTENDS = ("fixed.epochs", "curriculum.epochs", "curriculum.stages")  # what --extend may change
 NO_RUN = checkpoint.Content({}, {}, {})

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,8 @@ from irkd_dist.distill.module import Targets
 from irkd_dist.distill.teacher import Teacher
 from irkd_dist.training import curriculum, guard, optim, virtual
 from irkd_dist.training.engines import Engine
+from irkd_dist.training.parts import Parts
 from irkd_dist.training.position import Position
-
-if TYPE_CHECKING:
-    from irkd_dist.training.build import Parts
-
 
 MEANS = ("total", "ce", "kd", "saliency")  # the terms that are weighted by sample
 
