@@ -95,7 +95,16 @@ def load(run: Path) -> tuple[list[tuple[int, int, dict[str, np.ndarray]]], list[
                 arrays = dict(stored)
             _check(arrays)
             result.append((stage, epoch, arrays))
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+        # the zip module raises NotImplementedError for a version or a compression that it does not have
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            EOFError,
+            BadZipFile,
+            NotImplementedError,
+            zlib.error,
+        ) as error:
             problems.append(f"The saliency panels cannot be read: {file.name}: {error}")
     return result, problems
 
@@ -103,9 +112,9 @@ def load(run: Path) -> tuple[list[tuple[int, int, dict[str, np.ndarray]]], list[
 def _check(arrays: dict[str, np.ndarray]) -> None:
     """Refuse arrays of other shapes and types than `save` writes."""
     images, resolution = arrays["images"], arrays["resolution"]
-    count = len(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise ValueError("its images are none")
+    count = len(images)
     if resolution.shape or not all(arrays[k].shape == (count,) for k in ("labels", "ids")):
         raise ValueError("its labels are not those of its images")
     for name in ("labels", "ids", "resolution"):
