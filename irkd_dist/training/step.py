@@ -51,9 +51,8 @@ def take(parts: Parts, batches: list[Batch], alpha: float, gamma: float, step: i
         with engine.micro_batch(last=i == len(pieces) - 1):
             teacher = parts.answers or parts.teacher
             made = parts.module(*arguments(teacher, config.loss.saliency, piece, alpha, gamma, step))
-            if (
-                several
-            ):  # a batch's weights make the mean over slices; the engine takes the one over processes
+            # a batch's weights make the mean over slices; the engine takes the one over processes
+            if several:
                 made = {k: v / len(batches) if k in MEANS else v for k, v in made.items()}
             loss = _faulty(made["total"], parts.student, engine, step)
             mine = torch.maximum(mine, (~torch.isfinite(loss.detach())).float())
