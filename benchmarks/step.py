@@ -85,7 +85,7 @@ def make_step(
 
         def loss() -> torch.Tensor:
             targets = frozen(images, labels, aligned) if kept is None else kept
-            return module(images, labels, weight, targets, alpha=1.0, gamma=gamma)["total"]
+            return module(images, labels, weight, targets, 1.0, gamma)["total"]
 
     def step() -> float:
         value = loss()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +19,12 @@ from irkd_dist import configured, files, networks, runfolder
 from irkd_dist.config import Config
 from irkd_dist.data import shards
 from irkd_dist.data.loader import Batch, Loader
-from irkd_dist.distill import measure, models
+from irkd_dist.distill import measure, methods, models
 from irkd_dist.distill.measure import TappedModel
 from irkd_dist.distill.teacher import Teacher, freeze
 from irkd_dist.errors import UserError
 from irkd_dist.networks import Network
-from irkd_dist.training import build, engines, metrics, tracking
+from irkd_dist.training import build, distributed, engines, metrics, tracking
 from irkd_dist.training.engines import Engine
 
 AGREEMENT_SAMPLES = 1024  # maps cost a backward pass each; the standard error is below 0.01 by then
@@ -134,7 +136,9 @@ def _measure(task: _Task, split: str, sizes: list[int]) -> dict[str, Any]:
             student = TappedModel(model, task.taps, task.network.method, autocast)
             seen = _full_view(task, split, size, batches)
             normalization = task.config.loss.saliency.normalization
-            agreement[key] = measure.agreement(student, task.teacher, seen, normalization)
+            agreement[key] = measure.agreement(
+                student, task.teacher, seen, normalization, lambda own: distributed.total(task.place, own)
+            )
         if batches and task.manifest.masks and not task.config.data.centre_crop:
             pointing[key] = _pointing(task, split, size, batches)
     return {
@@ -163,7 +167,9 @@ def _teacher(
             for v in (network.mean, network.std, own.mean, own.std)
         )
         renormalize = (ours_std / std, (ours_mean - mean) / std)
-    frozen = freeze(own.model.to(place.device), place.autocast, spec.method != "attention", place.device)
+    frozen = freeze(
+        own.model.to(place.device), place.autocast, methods.inner_gradient(spec.method), place.device
+    )
     teacher = Teacher(frozen, [t.path for _, t in pairs], network.method, place.autocast, renormalize)
     return (teacher, [s.path for s, _ in pairs]) if pairs else (None, list(network.taps))
 
@@ -182,11 +188,11 @@ def _last_teacher(config: Config) -> Config:
 
 
 def _first_batches(loader: Loader) -> list[Batch]:
+    """This process's share of the first samples of a split; those of its batches that come after them weigh nothing."""
     batches: list[Batch] = []
-    for batch in loader.batches(0):
-        batches.append(batch)
-        if sum(len(b.ids) for b in batches) >= AGREEMENT_SAMPLES:
-            break
+    for batch in itertools.islice(loader.batches(0), math.ceil(AGREEMENT_SAMPLES / loader.batch)):
+        among = batch.step * loader.batch + batch.positions < AGREEMENT_SAMPLES
+        batches.append(replace(batch, weight=batch.weight * among.to(batch.weight.device)))
     return batches
 
 
@@ -203,11 +209,14 @@ def _pointing(task: _Task, split: str, size: int, batches: list[Batch]) -> float
     stored = size if task.manifest.mode == "resize" else task.manifest.resolutions[-1]
     opened = shards.open_split(Path(task.config.data.shards), task.manifest, split, stored, verify="size")
     with contextlib.closing(opened):
-        hits = []
+        counts = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
-            masks = torch.stack([_mask(opened, int(i), stored) for i in batch.ids])
-            hits.append(measure.pointing_hits(student.maps(batch.images, batch.labels), masks))
-    return float(torch.cat(hits).float().mean())
+            real = (batch.weight > 0).cpu()
+            masks = torch.stack([_mask(opened, int(i), stored) for i in batch.ids]).to(batch.images.device)
+            hits = measure.pointing_hits(student.maps(batch.images, batch.labels), masks)
+            counts += torch.tensor([int(hits.cpu()[real].sum()), int(real.sum())])
+    hit, count = distributed.total(task.place, counts).tolist()
+    return hit / count
 
 
 def _mask(opened: shards.Split, i: int, size: int) -> Tensor:

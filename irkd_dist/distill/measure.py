@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -87,14 +87,20 @@ def correct_and_count(model: nn.Module, batches: Iterable[Labelled], autocast: t
 
 
 def agreement(
-    student: TappedModel, teacher: Teacher, batches: Iterable[Labelled], normalization: str
+    student: TappedModel,
+    teacher: Teacher,
+    batches: Iterable[Labelled],
+    normalization: str,
+    total: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> dict[str, float]:
     """How alike student's and teacher's maps are, averaged over samples and taps.
+
+    total: adds a tensor up over the processes that have a share of the samples each.
 
     Returns:
         `mse`: the saliency loss (see `saliency.saliency_loss`); `correlation`: Pearson's over the patch grid.
     """
-    loss, correlation, count, pairs = 0.0, 0.0, 0, 0
+    sums = [0.0] * 4  # loss and its samples, correlation and its pairs of maps
     for batch in batches:
         real = batch.weight > 0
         images, labels = batch.images[real], batch.labels[real]
@@ -104,13 +110,13 @@ def agreement(
         view = images if batch.full is None else batch.full[real]
         theirs = teacher(view, labels, aligned=len(view), logits=False).maps or []
         theirs = [saliency.resize_map(t, o.shape[1:]) for t, o in zip(theirs, ours, strict=True)]
-        loss += float(saliency.saliency_loss(ours, theirs, normalization)[0].sum())
-        count += len(images)
+        sums[0] += float(saliency.saliency_loss(ours, theirs, normalization)[0].sum())
+        sums[1] += len(images)
         for a, b in ((o.flatten(1), t.flatten(1)) for o, t in zip(ours, theirs, strict=True)):
-            correlation += float(
-                F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)).sum()
-            )
-            pairs += len(a)
+            alike = F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True))
+            sums[2] += float(alike.sum())
+            sums[3] += len(a)
+    loss, count, correlation, pairs = total(torch.tensor(sums, dtype=torch.float64)).tolist()
     return {"mse": loss / max(count, 1), "correlation": correlation / max(pairs, 1)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from irkd_dist.distill import methods, models
 from irkd_dist.distill.module import Distiller, Objective
 from irkd_dist.distill.teacher import Teacher, freeze
 from irkd_dist.errors import UserError
-from irkd_dist.training import answers, curriculum, engines, optim, preflight, restore, virtual
+from irkd_dist.training import answers, curriculum, distributed, engines, optim, preflight, restore, virtual
 from irkd_dist.training.curriculum import StagePlan
 from irkd_dist.training.engines import Engine
 from irkd_dist.training.parts import Parts
@@ -40,10 +40,7 @@ def build(config: Config, engine: Engine) -> Parts:
     preflight.check_data(config, engine, manifest)
     notes = preflight.notes(config, engine)
 
-    torch.manual_seed(config.seed)
-    student, arguments, weight_notes = configured.create_student(
-        config, len(manifest.classes), (*manifest.mean, *manifest.std)
-    )
+    student, (arguments, weight_notes) = distributed.network(engine, lambda: _student(config, manifest))
     notes += weight_notes
     patch = models.patch_size(student)
     if patch is not None:
@@ -51,7 +48,8 @@ def build(config: Config, engine: Engine) -> Parts:
     teacher_digest = None
     teacher, folders, taps = None, _no_folders(stages), networks.taps_alone(config, student)
     if config.teacher is not None:
-        network = configured.load_teacher(config, manifest)
+        model, network = distributed.network(engine, lambda: _teacher_network(config, manifest))
+        network = replace(network, model=model)
         notes += network.notes
         of_run = config.teacher.run is not None
         teacher_digest = None if of_run else restore.weights_digest(network.model)
@@ -59,8 +57,11 @@ def build(config: Config, engine: Engine) -> Parts:
         notes += tap_notes
         taps = [s.path for s, _ in pairs]
         teacher = _teacher(config, engine, network, manifest, [t.path for _, t in pairs])
-        folders = _teacher_folders(config, stages, network.folder, notes)
-        teacher_digest = restore.teachers_digest(folders) if of_run else teacher_digest
+        folders, of_folders, folder_notes = distributed.on_main(
+            engine, lambda: _teacher_folders(config, stages, network.folder)
+        )
+        notes += folder_notes
+        teacher_digest = of_folders if of_run else teacher_digest
     method = config.loss.saliency.method
     second_order = config.loss.saliency.gamma > 0 and methods.inner_gradient(method)
     if second_order or engine.device.type == "cpu":
@@ -236,8 +237,23 @@ def _teacher(
     return Teacher(model, paths, saliency.method, engine.autocast, renormalize)
 
 
-def _teacher_folders(config: Config, stages: list[Stage], final: Path, notes: list[str]) -> list[Path | None]:
-    """Teacher checkpoint of each stage; None where its weights are not a run's."""
+def _student(config: Config, manifest: shards.Manifest) -> tuple[nn.Module, tuple[dict[str, Any], list[str]]]:
+    torch.manual_seed(config.seed)
+    normalisation = (*manifest.mean, *manifest.std)
+    model, arguments, notes = configured.create_student(config, len(manifest.classes), normalisation)
+    return model, (arguments, notes)
+
+
+def _teacher_network(config: Config, manifest: shards.Manifest) -> tuple[nn.Module, networks.Network]:
+    """The teacher, and what there is to know of it."""
+    network = configured.load_teacher(config, manifest)
+    return network.model, replace(network, model=nn.Identity())
+
+
+def _teacher_folders(
+    config: Config, stages: list[Stage], final: Path
+) -> tuple[list[Path | None], str, list[str]]:
+    """Teacher checkpoint of each stage, None where its weights are not a run's; their digest, and notes."""
     spec = config.teacher
     assert spec is not None
     folders: list[Path | None]
@@ -250,10 +266,9 @@ def _teacher_folders(config: Config, stages: list[Stage], final: Path, notes: li
     for i, stage in enumerate(stages):
         if stage.teacher is not None:
             folders[i] = checkpoint.find(Path(stage.teacher))[0]
-    if len(set(folders)) > 1:
-        named = (f"{s.resolution} px: {f}" for s, f in zip(stages, folders, strict=True))
-        notes.append("teacher checkpoints by stage: " + ", ".join(named))
-    return folders
+    named = (f"{s.resolution} px: {f}" for s, f in zip(stages, folders, strict=True))
+    notes = ["teacher checkpoints by stage: " + ", ".join(named)] if len(set(folders)) > 1 else []
+    return folders, restore.teachers_digest(folders), notes
 
 
 def _no_folders(stages: list[Stage]) -> list[Path | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import TCPStore  # torch.distributed exports it without a type
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
@@ -52,10 +53,10 @@ class Place(Protocol):
 
 
 def total(place: Place, values: Tensor) -> Tensor:
-    """Sum of each process's tensor."""
+    """Sum of each process's tensor; over several processes it comes back on their device."""
     if place.world == 1:
         return values
-    values = values.clone()
+    values = values.to(place.device, copy=True)
     dist.all_reduce(values)
     return values
 
@@ -100,7 +101,39 @@ def on_main(place: Place, make: Callable[[], T]) -> T:
     return value
 
 
-def share_buffers(place: Place, model: torch.nn.Module) -> None:
+def network(place: Place, make: Callable[[], tuple[nn.Module, T]]) -> tuple[nn.Module, T]:
+    """A network that rank 0 makes, with what `make` says of it, on the CPU of every rank; no other opens its files."""
+    made: list[nn.Module] = []
+
+    def first() -> tuple[nn.Module | None, T]:
+        model, said = make()
+        made.append(model)
+        return (_shell(model) if place.world > 1 else None), said
+
+    shell, said = on_main(place, first)
+    tensors = broadcast_tensors(place, _all_tensors(made[0]) if made else {})
+    if made:
+        return made[0], said
+    assert shell is not None
+    model = shell.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, own in _all_tensors(model).items():
+            own.copy_(tensors[name])
+    return model, said
+
+
+def _shell(model: nn.Module) -> nn.Module:
+    """A copy of a network without the content of its tensors."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo | {id(b): b.to("meta") for b in model.buffers()})
+
+
+def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those that no checkpoint keeps as well."""
+    return {name: p.detach() for name, p in model.named_parameters()} | dict(model.named_buffers())
+
+
+def share_buffers(place: Place, model: nn.Module) -> None:
     """Give every process rank 0's buffers: the running statistics of BatchNorm are each process's own."""
     for buffer in model.buffers() if place.world > 1 else ():
         dist.broadcast(buffer, 0)

@@ -1,5 +1,6 @@
 """One, two, three and four processes: the same global batches, augmentations, losses and gradients."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,29 @@ def test_losses_over_twenty_steps_across_a_transition(student_yaml: Path) -> Non
     for world in (2, 3, 4):
         for one, many in zip(runs[1], runs[world], strict=True):
             assert many["total"] == pytest.approx(one["total"], rel=1e-5), (world, one["step"])
+
+
+@pytest.mark.parametrize("more", [[], ["teacher.schedule=aligned"]], ids=["final", "aligned"])
+def test_the_teacher_is_read_by_one_process(student_yaml: Path, more: list[str]) -> None:
+    """Two processes, of which only the first has the teacher's files, train as two do that both have them."""
+    run = ["curriculum.epochs=1", *more]
+    spawn(2, "tests.training.reader_worker", str(student_yaml), "name=one", *run)
+    irkd("train", str(student_yaml), "name=both", *run, world=2)
+    one, both = (losses(student_yaml.parent / name) for name in ("one", "both"))
+    assert [e["total"] for e in one] == [e["total"] for e in both]
+
+
+def test_evaluate_gives_the_same_on_two_processes(student_yaml: Path) -> None:
+    irkd("train", str(student_yaml), "name=run", "curriculum.epochs=1")
+    folder, results = student_yaml.parent / "run", []
+    for world in (1, 2):
+        irkd("evaluate", str(folder), world=world)
+        results.append(json.loads((folder / "evaluation" / "test-8-12-16-best.json").read_text()))
+    alone, two = results
+    assert two["accuracy"] == alone["accuracy"]
+    assert two["samples"] == alone["samples"]
+    for size, maps in alone["agreement"].items():
+        assert two["agreement"][size] == pytest.approx(maps, rel=1e-4)
 
 
 def test_running_statistics_are_alike_at_a_transition(student_yaml: Path) -> None:
