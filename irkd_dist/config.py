@@ -172,6 +172,9 @@ class Stage(Ends):
 
     resolution: Side
     epochs: Positive | None = None  # at most; null: curriculum.epochs
+    # each step is at one of these or at `resolution`, drawn evenly; one that is named twice comes twice as often
+    multiscale: list[Side] = field(default_factory=list)
+    lr: PositiveFloat | None = None  # peak; null: optim.lr, scaled with the batch
     # checkpoint folder for this stage; null: the teacher's schedule
     teacher: Annotated[str | None, PATH] = None
     __pydantic_config__ = _strict
@@ -197,6 +200,7 @@ class Fixed(Ends):
 
     resolution: Side
     epochs: Positive
+    multiscale: list[Side] = field(default_factory=list)  # as a stage's
     __pydantic_config__ = _strict
 
 
@@ -377,10 +381,12 @@ def stage_batch(config: Config, resolution: int) -> int:
     return max(round(config.data.batch * (largest / resolution) ** 2), 1)
 
 
-def stage_lr(config: Config, resolution: int) -> float:
-    """Peak learning rate at a resolution, scaled with its batch (curriculum.lr_scaling)."""
+def stage_lr(config: Config, stage: Stage) -> float:
+    """Peak learning rate of a stage: its own, or optim.lr scaled with its batch (curriculum.lr_scaling)."""
+    if stage.lr is not None:
+        return stage.lr
     rule = "none" if config.curriculum is None else config.curriculum.lr_scaling
-    ratio = stage_batch(config, resolution) / config.data.batch
+    ratio = stage_batch(config, stage.resolution) / config.data.batch
     return config.optim.lr * {"none": 1.0, "sqrt": ratio**0.5, "linear": ratio}[rule]
 
 
@@ -439,6 +445,12 @@ def check(config: Config) -> None:
                 f"curriculum.stages[{own[0]}].teacher names a checkpoint: give teacher.run, not teacher.model"
             )
         cache = config.teacher.cache
+        mixed = next((s.multiscale for s in stages(config) if s.multiscale), None)
+        if mixed and cache.folder is not None:
+            raise UserError(
+                f"multiscale={mixed} with teacher.cache.folder: a cache keeps one resolution a stage; leave one "
+                "of them out"
+            )
         if cache.folder is None and replace(cache, mode="auto") != TeacherCache():
             changed = next(
                 f.name for f in fields(cache) if f.name != "mode" and getattr(cache, f.name) != f.default
@@ -494,12 +506,23 @@ def check_engine(config: Config, engine: str) -> None:
 
 def check_resolutions(config: Config, patch: int, role: str) -> None:
     """Every resolution must be a multiple of the patch size of `role` (student or teacher)."""
-    for i, stage in enumerate(stages(config)):
-        size, lower = stage.resolution, stage.resolution // patch * patch
+    sides = [
+        (i, key, size)
+        for i, stage in enumerate(stages(config))
+        for key, some in (("resolution", [stage.resolution]), ("multiscale", stage.multiscale))
+        for size in some
+    ]
+    for i, name, size in sides:
+        lower = size // patch * patch
         if size > lower:
-            key = f"curriculum.stages[{i}].resolution" if config.fixed is None else "fixed.resolution"
+            key = f"curriculum.stages[{i}].{name}" if config.fixed is None else f"fixed.{name}"
             choices = " or ".join(str(r) for r in (lower, lower + patch) if r > 0)
             raise UserError(f"{key}={size} is not a multiple of patch size {patch} ({role}); use {choices}")
+
+
+def resolutions(config: Config) -> list[int]:
+    """Every resolution that the run trains at, ascending."""
+    return sorted({size for s in stages(config) for size in (s.resolution, *s.multiscale)})
 
 
 def folder_of(config: Config) -> Path:

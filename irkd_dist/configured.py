@@ -34,7 +34,7 @@ def create_student(
         "name": named.architecture,
         "classes": classes,
         "patch": spec.patch,
-        "image_size": spec.image_size or max(s.resolution for s in configuration.stages(config)),
+        "image_size": spec.image_size or configuration.resolutions(config)[-1],
         "distilled": configuration.student_distilled(config),
         "dropout": spec.dropout,
         "drop_path": spec.drop_path,

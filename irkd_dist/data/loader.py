@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -59,9 +59,11 @@ class Loader:
 
     A view that augments is trained on, in an order of each epoch's own; one that does not is evaluated, in order.
     `least`: a last batch of fewer samples joins the one before it (see `sampler.bounds`); models with BatchNorm need
-    2 for each slice and micro-batch. Raises UserError for shards that are missing, damaged or not made for what is
+    2 for each slice and micro-batch. With `scales` each step is at one resolution out of these and the view's, drawn by
+    (seed, epoch, step). Raises UserError for shards that are missing, damaged or not made for what is
     asked, and for batches below `least`. Close it (or use `with`) to close the shards' files.
 
+    scales: the resolutions that a step's is drawn from; one, unless there are several.
     notes: what decided against `work.cache`, a line each; kept: where decoded images stay, by stored resolution.
     wait_s: seconds that the consumer has waited for batches; set it to 0 to start counting anew.
     """
@@ -73,6 +75,7 @@ class Loader:
         *,
         batch: int,
         seed: int,
+        scales: Sequence[int] = (),
         share: Share = Share(),  # noqa: B008 - immutable
         work: Work = Work(),  # noqa: B008
         least: int = 1,
@@ -82,8 +85,16 @@ class Loader:
         self.device, self.workers = torch.device(work.device), max(work.workers, 1)
         self.classes = len(data.manifest.classes)
         self.wait_s = 0.0
-        self._views = Views(data, view, seed, work)
-        self.notes, self.kept = self._views.notes, self._views.kept
+        self.scales = (view.resolution, *scales)
+        self._all: dict[int, Views] = {}
+        with contextlib.ExitStack() as opened:
+            for size in dict.fromkeys(self.scales):
+                self._all[size] = Views(data, replace(view, resolution=size), seed, work)
+                opened.callback(self._all[size].close)
+            self._opened = opened.pop_all()
+        self._views = self._all[view.resolution]
+        self.notes = [note for views in self._all.values() for note in views.notes]
+        self.kept = {size: where for views in self._all.values() for size, where in views.kept.items()}
         self.ids, self.labels = self._views.images.ids, self._views.images.labels
         if min(batch, len(self.ids)) < least:
             self.close()
@@ -104,7 +115,7 @@ class Loader:
 
     def close(self) -> None:
         """Close the shards' files and let decoded images go."""
-        self._views.close()
+        self._opened.close()
 
     def view_key(self) -> dict[str, Any]:
         """What, with the shards' digest, `Batch.draw` and a sample's id, decides its images and soft label.
@@ -174,20 +185,26 @@ class Loader:
         shuffle = self.view.augment is not None
         return sampler.global_batch(self.seed, epoch, step, len(self), self.batch, shuffle, self.least)
 
+    def _at(self, epoch: int, step: int) -> Views:
+        """What is seen at a step."""
+        if len(self.scales) == 1:
+            return self._views
+        return self._all[self.scales[sampler.scale(self.seed, epoch, step, len(self.scales))]]
+
     def _own(self, n: int, part: int) -> tuple[np.ndarray, bool]:
         """Positions of a slice in a global batch of n samples, and whether they are its own; else the first one."""
         own = sampler.share(n, part, self.share.parts)
         return (own, True) if len(own) else (np.zeros(1, np.int64), False)
 
     def _slice(self, epoch: int, step: int, rows: np.ndarray, part: int) -> Batch:
-        n, augment = len(rows), self.view.augment
+        n, augment, views = len(rows), self.view.augment, self._at(epoch, step)
         own, has_some = self._own(n, part)
         weight = 0.0 if not has_some else self.share.parts / n if augment else 1.0
         draw = augment.draw(epoch) if augment else 0
         if augment and augment.mixes:
-            images, full, soft_labels = self._mixed(draw, step, rows, own)
+            images, full, soft_labels = self._mixed(views, draw, step, rows, own)
         else:
-            images, full = self._views.take(draw, rows[own])
+            images, full = views.take(draw, rows[own])
             soft_labels = (
                 self._soft_labels(rows[own], rows[own], [1.0]) if augment and augment.smoothing else None
             )
@@ -206,17 +223,17 @@ class Loader:
         )
 
     def _mixed(
-        self, draw: int, step: int, rows: np.ndarray, own: np.ndarray
+        self, views: Views, draw: int, step: int, rows: np.ndarray, own: np.ndarray
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Images, full images and soft labels of mixed samples."""
-        samples, size = rows[own], self.resolution
-        partners, mix = self._partners(draw, step, rows, own)
+        samples, size = rows[own], views.view.resolution
+        partners, mix = self._partners(draw, step, rows, own, size)
         # Partners are loaded by the rank that needs them; a world of one may have them in its batch already.
         loaded = np.union1d(samples, partners)
         at, partner_at = (self._tensor(np.searchsorted(loaded, each)) for each in (samples, partners))
-        views, full = self._views.take(draw, loaded)
-        images = aug.apply_mix(views[at], views[partner_at], mix)
-        if full is views:
+        seen, full = views.take(draw, loaded)
+        images = aug.apply_mix(seen[at], seen[partner_at], mix)
+        if full is seen:
             full = images
         elif full is not None:
             scaled = [aug.scale_mix(each, size, full.shape[-1]) for each in mix]
@@ -224,7 +241,7 @@ class Loader:
         return images, full, self._soft_labels(samples, partners, [each.lam for each in mix])
 
     def _partners(
-        self, draw: int, step: int, rows: np.ndarray, own: np.ndarray
+        self, draw: int, step: int, rows: np.ndarray, own: np.ndarray, size: int
     ) -> tuple[np.ndarray, list[aug.Mix]]:
         """The rows that samples are mixed with, and how: all alike, or each for itself.
 
@@ -233,7 +250,7 @@ class Loader:
         """
         augment = self.view.augment
         assert augment is not None
-        alphas, size = (augment.mixup, augment.cutmix), self.resolution
+        alphas = (augment.mixup, augment.cutmix)
         if augment.draws is None:
             return rows[len(rows) - 1 - own], aug.draw_mix(self.seed, draw, np.array([step]), *alphas, size)
         partners = sampler.partners(self.seed, draw, len(self))[rows[own]]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ORDER_STREAM, PARTNER_STREAM = 0, 19  # augment.py has 1 to 18, and those + 100, + 200, ...
+ORDER_STREAM, PARTNER_STREAM, SCALE_STREAM = 0, 19, 20  # augment.py has 1 to 18, and those + 100, + 200, ...
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -42,6 +42,11 @@ def partners(seed: int, draw: int, size: int) -> np.ndarray:
     partner[cycle] = np.roll(cycle, -1)
     partner.flags.writeable = False
     return partner
+
+
+def scale(seed: int, epoch: int, step: int, count: int) -> int:
+    """Which of `count` resolutions a step of an epoch is at, each as likely as the others."""
+    return int(uniform(seed, epoch, np.array([step]), SCALE_STREAM)[0] * count)
 
 
 @functools.lru_cache(maxsize=8)

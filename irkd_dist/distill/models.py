@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from irkd_dist.distill import small_resnet  # noqa: F401 - timm knows it by name then
 from irkd_dist.distill.paper import PAPER_MODELS
 from irkd_dist.distill.weights import require_finite
 from irkd_dist.errors import UserError, one_line
@@ -144,6 +145,16 @@ def without_fused_attention(model: nn.Module) -> nn.Module:
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether it normalises over the batch, which takes two samples at least."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """Keep a convolutional model's weights as its kernels read them, in place; others are left as they are.
+
+    Its outputs are the same up to rounding.
+    """
+    if patch_size(model) is None and any(isinstance(m, nn.Conv2d) for m in model.modules()):
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -195,5 +195,5 @@ def weights_digest(model: nn.Module) -> str:
     result = hashlib.sha256()
     for value in model.state_dict().values():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
-        result.update(whole.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        result.update(whole.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return result.hexdigest()

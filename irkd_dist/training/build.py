@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def build(config: Config, engine: Engine) -> Parts:
     if second_order or engine.device.type == "cpu":
         # fused kernels have no second derivative, and on a CPU their backward is slower than explicit products
         models.without_fused_attention(student)
+    if engine.name == "ddp":  # the others take contiguous parameters only
+        models.channels_last(student)
     preflight.check_forward(config, manifest, stages, student, taps, teacher)
 
     distiller = Distiller(student, _objective(config, taps), engine.autocast)
@@ -122,7 +125,7 @@ def train_loader(parts: Parts, stage: StagePlan, carried: Share) -> Loader:
     return Loader(
         Dataset(Path(data.shards), manifest, "train", data.subset, verify="size"),
         View(stage.resolution, config.augment, full, manifest.mode),
-        batch=stage.batch, seed=config.seed, share=carried, work=_work(config, engine),
+        scales=stage.multiscale, batch=stage.batch, seed=config.seed, share=carried, work=_work(config, engine),
         least=2 * micro_batches if models.has_batch_norm(parts.student) else 1,
     )  # fmt: skip
 
@@ -156,9 +159,10 @@ def held_out(manifest: shards.Manifest) -> str:
     return "val" if "val" in manifest.splits else "test"
 
 
-def tokens_per_image(student: nn.Module, resolution: int) -> int:
-    """Patch tokens of an image at a resolution; pixels for a student without patches."""
-    return (resolution // (models.patch_size(student) or 1)) ** 2
+def tokens_per_image(student: nn.Module, resolutions: Sequence[int]) -> float:
+    """Patch tokens of an image at these resolutions, in the mean; pixels for a student without patches."""
+    patch = models.patch_size(student) or 1
+    return sum((r // patch) ** 2 for r in resolutions) / len(resolutions)
 
 
 def data_digest(manifest: shards.Manifest) -> str:
@@ -210,9 +214,11 @@ def _plan(config: Config, stages: list[Stage], teachers: list[Path | None]) -> c
     planned = []
     for s, teacher in zip(stages, teachers, strict=True):
         batch = configuration.stage_batch(config, s.resolution)
-        lr = configuration.stage_lr(config, s.resolution)
+        lr = configuration.stage_lr(config, s)
         ends = (s.epochs or 1, s.min_epochs or 1, s.patience, s.target, s.minutes, s.tokens)
-        planned.append(StagePlan(s.resolution, batch, lr, *ends, str(teacher) if teacher else None))
+        planned.append(
+            StagePlan(s.resolution, batch, lr, *ends, str(teacher) if teacher else None, tuple(s.multiscale))
+        )
     return curriculum.Plan(tuple(planned), config.optim.policy, start_from)
 
 
@@ -230,7 +236,10 @@ def _teacher(
     # with a cache explicit attention without maps too: runs of both kinds can share its logits
     cached = config.teacher is not None and config.teacher.cache.folder is not None
     explicit = cached or (saliency.gamma > 0 and methods.inner_gradient(saliency.method))
-    if restore.teacher_sharded(config, engine):  # shards are of one type, and reach the device one by one
+    sharded = restore.teacher_sharded(config, engine)
+    if not sharded:
+        models.channels_last(network.model)
+    if sharded:  # shards are of one type, and reach the device one by one
         model = freeze(network.model, None, explicit, engine.device)
     else:
         model = freeze(network.model.to(engine.device), engine.autocast, explicit, engine.device)

@@ -20,6 +20,7 @@ class StagePlan:
     minutes: float | None = None  # of training and validation in this stage
     tokens: float | None = None  # patch tokens that the student sees in this stage
     teacher: str | None = None  # checkpoint folder
+    multiscale: tuple[int, ...] = ()  # a step's resolution is drawn from these and `resolution`
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,10 @@ class Engine:
     def _place(self, key: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
         # AdamW keeps its step counter on the CPU unless it is fused
         on = parameter.device if key != "step" or self.optimizer.defaults.get("fused") else "cpu"
-        return value.to(on, copy=True)
+        if key == "step":
+            return value.to(on, copy=True)
+        # in the parameter's layout: a fused kernel walks through both at once, whatever their strides are
+        return torch.empty_like(parameter).copy_(value)
 
     def finish(self) -> None:
         """Leave the process group, if it is this engine's own."""
@@ -241,8 +244,9 @@ class Fsdp2(Engine):
         load_sharded(self.student, weights)
 
     def _place(self, key: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
-        whole = super()._place(key, value, parameter)
-        return whole if key == "step" else _distribute_as(whole, parameter)
+        if key == "step":
+            return super()._place(key, value, parameter)
+        return _distribute_as(value.to(parameter.device, copy=True), parameter)
 
 
 class Zero(Engine):

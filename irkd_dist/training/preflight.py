@@ -38,7 +38,7 @@ def check_data(config: Config, engine: Engine, manifest: shards.Manifest) -> Non
             f"data.subset={config.data.subset}, but {data} has {manifest.splits['train']} training images"
         )
     if manifest.mode == "resize":
-        missing = sorted({s.resolution for s in configuration.stages(config)} - set(manifest.resolutions))
+        missing = sorted({*configuration.resolutions(config)} - set(manifest.resolutions))
         if missing:
             raise UserError(
                 f"stages need {', '.join(map(str, missing))} px, but {data} was rendered at "
@@ -50,7 +50,7 @@ def check_data(config: Config, engine: Engine, manifest: shards.Manifest) -> Non
 
 def used_shards(config: Config, manifest: shards.Manifest) -> list[tuple[Path, shards.Shard]]:
     """Each file that a run will read."""
-    used = {s.resolution for s in configuration.stages(config)}
+    used = {*configuration.resolutions(config)}
     if manifest.mode == "crop":
         used = set(manifest.resolutions)
     elif config.teacher is not None and config.teacher.view == "full":
@@ -88,7 +88,7 @@ def check_forward(
     method, classes = config.loss.saliency.method, len(manifest.classes)
     full = config.teacher is not None and config.teacher.view == "full"
     label = torch.zeros(1, dtype=torch.long)
-    for resolution in sorted({s.resolution for s in stages}):
+    for resolution in configuration.resolutions(config):
         image, role = torch.zeros(1, 3, resolution, resolution), f"student.name={config.student.name}"
         try:
             training = student.training

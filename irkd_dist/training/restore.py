@@ -188,7 +188,7 @@ def weights_digest(student: nn.Module) -> str:
     """Of all weights and buffers, to compare processes by."""
     result = hashlib.sha256()
     for value in student.state_dict().values():
-        result.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        result.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return result.hexdigest()[:16]
 
 

@@ -127,7 +127,7 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     parts, engine, tracker, before = run.parts, run.parts.engine, run.tracker, run.position.curriculum
     started, at, resolution = time.perf_counter(), run.position.step, loader.resolution
     answers.end_epoch(parts, tracker, at)
-    tokens = len(loader) * build.tokens_per_image(parts.student, resolution)
+    tokens = len(loader) * build.tokens_per_image(parts.student, loader.scales)
     judged = distributed.broadcast(  # by rank 0's clock
         engine,
         curriculum.to_be_judged(parts.plan, before, parts.config.eval_every, run.position.seconds, tokens),
@@ -217,7 +217,7 @@ def _enter(run: Run, loader: Loader, skill: float) -> _Stage:
     distributed.agree(
         engine,
         {
-            "step": position.step, "stage": number, "resolution": loader.resolution, "batch": loader.batch, "lr": lr,
+            "step": position.step, "stage": number, "scales": loader.scales, "batch": loader.batch, "lr": lr,
             "policy": parts.plan.policy, "moments": bool(engine.optimizer.state), "teacher": planned.teacher,
             "data": parts.identity["data_digest"], "config": build.config_digest(parts.config),
             "weights": restore.weights_digest(parts.student) if engine.replicated else None,
@@ -229,7 +229,8 @@ def _enter(run: Run, loader: Loader, skill: float) -> _Stage:
     now = time.perf_counter()
     run.tracker.event(
         "stage", position.step, stage=number, resolution=planned.resolution, epochs=planned.epochs,
-        steps_per_epoch=loader.steps_per_epoch, batch=loader.batch, alpha=stage.alpha, gamma=stage.gamma, lr=lr,
+        multiscale=planned.multiscale, steps_per_epoch=loader.steps_per_epoch, batch=loader.batch,
+        alpha=stage.alpha, gamma=stage.gamma, lr=lr,
         policy=parts.plan.policy, seconds=round(now - started, 4), agreement_s=round(now - agreeing, 4),
     )  # fmt: skip
     if engine.world > 1:

@@ -275,3 +275,26 @@ def test_a_subset_is_balanced_fixed_and_trained_on_alone(resized):
 def test_an_impossible_subset_is_refused(resized, count):
     with pytest.raises(UserError, match=f"subset={count} .* 1 to 150"):
         epoch_of(resized, augment=None, subset=count)
+
+
+# ---- steps at several resolutions
+
+
+def test_each_step_is_at_one_of_several_resolutions_whatever_the_world(resized):
+    """Each batch is what a loader of that resolution alone gives; all are drawn, a size named twice more often."""
+    options = {"epoch": 2, "batch": 5, "augment": EVERYTHING}
+    alone = {size: epoch_of(resized, resolution=size, **options) for size in (12, 16, 32)}
+    mixed = epoch_of(resized, resolution=32, scales=(12, 16, 12), **options)
+    sizes = [b.images.shape[-1] for b in mixed]
+    for b, size in zip(mixed, sizes, strict=True):
+        assert_same(b, alone[size][b.step])
+    assert sizes.count(12) > sizes.count(16) > 0
+    assert sizes.count(32) > 0
+    ranks = [
+        epoch_of(resized, resolution=32, scales=(12, 16, 12), **options, parts=2, own=(r,)) for r in range(2)
+    ]
+    for whole_batch, *shares in zip(mixed, *ranks, strict=True):
+        for b in shares:
+            assert torch.equal(b.images, whole_batch.images[b.positions])
+    later = epoch_of(resized, resolution=32, scales=(12, 16, 12), start_step=7, **options)
+    assert [b.images.shape[-1] for b in later] == sizes[7:]

@@ -13,7 +13,7 @@ from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
 from irkd_dist.eventlog import read_events
 from irkd_dist.training.train import train
-from tests.training.launch import irkd
+from tests.training.launch import irkd, losses
 
 # dropout, MixUp and carried moments are on: all of it must come back. 16 steps, the transition after the 8th.
 SETTINGS = ["student.dropout=0.1", "augment.mixup=0.4", "optim.policy=carry", "checkpoint.every_steps=3"]
@@ -52,6 +52,29 @@ def test_killed_and_started_again_is_bitwise_the_same(unbroken: Path, step: int)
         for r in (unbroken / "unbroken", run)
     )
     assert first == second
+
+
+CONVOLUTIONAL = [
+    "student.name=small_resnet", "student.patch=null", "student.options={widths: [8, 8, 16, 16]}", "teacher=null",
+    "loss={}", "curriculum.stages=[{resolution: 12, multiscale: [8, 16], lr: 1e-3}, {resolution: 16}]",
+    "optim.policy=carry", "checkpoint.every_steps=3", "optim.weight_decay=0.05",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_convolutional_student_at_several_resolutions_too(student_yaml: Path, world: int) -> None:
+    """Its weights lie in memory in another order than its checkpoints: moments must follow."""
+    both, out = [], student_yaml.parent
+    for name, fault in (("unbroken", {}), ("killed", {"IRKD_FAULT": "sigkill@step:5"})):
+        arguments = ("train", str(student_yaml), f"name={name}", *CONVOLUTIONAL)
+        if fault:
+            irkd(*arguments, env=fault, check=False, world=world)
+        irkd(*arguments, world=world)
+        both.append(final(out / name))
+    assert all(torch.equal(both[0][k], both[1][k]) for k in both[0])
+    rates = [(e["stage"], e["lr"]) for e in losses(out / "unbroken")]
+    assert {lr for stage, lr in rates if stage == 0} == {1e-3}
+    assert {lr for stage, lr in rates if stage == 1} == {3e-4}
 
 
 def test_a_finished_run_is_not_trained_again(unbroken: Path) -> None:
