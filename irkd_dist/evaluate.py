@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import time
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from irkd_dist import config as configuration
-from irkd_dist import configured, files, networks, runfolder
+from irkd_dist import configured, files, networks, runfolder, typed
 from irkd_dist.config import Config
 from irkd_dist.data import shards
 from irkd_dist.data.loader import Batch, Loader
@@ -300,7 +299,7 @@ def _write(path: Path, network: Network, result: dict[str, Any], other_data: str
     which = network.folder.name if path == network.folder else _which(run, network)
     parts = [result["split"], *result["accuracy"], which, *(["data", other_data] if other_data else [])]
     file = run / runfolder.EVALUATION / ("-".join(parts) + ".json")
-    files.write(file, json.dumps(result, indent=1) + "\n")
+    files.write(file, typed.checked(result))
 
 
 def _which(run: Path, network: Network) -> str:

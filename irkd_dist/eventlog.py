@@ -5,10 +5,7 @@ Whoever reads them may meet lines that were cut short or altered: these are left
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +15,7 @@ from irkd_dist.errors import UserError, unreadable
 from irkd_dist.runfolder import EVENTS
 from irkd_dist.typed import (
     Check,
+    is_checked,
     is_count,
     is_mapping,
     is_number,
@@ -26,7 +24,7 @@ from irkd_dist.typed import (
     is_time,
     list_of,
     optional,
-    parse,
+    parse_checked,
     wrong_type,
 )  # fmt: skip
 
@@ -61,7 +59,6 @@ _TYPES: dict[str, Check] = {
     "resolutions": list_of(is_count),
 }
 _TEACHER = _TYPES | {"accuracy": list_of(is_number)}
-_CHECKED = re.compile(rb', "crc": "([0-9a-f]{8})"\}$')
 
 
 @dataclass(frozen=True)
@@ -82,28 +79,15 @@ class Log:
         return [f"{what}: {shown}{more}"]
 
 
-def event_line(values: Event) -> bytes:
-    """A line of events.jsonl: JSON, with a checksum of what stands before it as its last key."""
-    text = json.dumps(values).encode()
-    return text[:-1] + b', "crc": "%08x"}\n' % zlib.crc32(text)
-
-
 def parse_event(line: bytes) -> Event:
     """The event that a line holds.
 
     Raises:
         ValueError: it holds none, or was altered since; the message says why.
     """
-    found = _CHECKED.search(line)
-    if found:
-        line = line[: found.start()] + b"}"
-        if int(found[1], 16) != zlib.crc32(line):
-            raise ValueError("altered: its checksum differs")
-    event = parse(line)
+    event = parse_checked(line)
     if not isinstance(event, dict) or not _BASE.keys() <= event.keys():
         raise ValueError("no event")
-    if "crc" in event:
-        raise ValueError("altered: its checksum cannot be read")
     problem = wrong_type(event, _BASE)
     kind = event["event"]
     if problem is None and kind in _NEEDED:
@@ -137,7 +121,7 @@ def read_log(run: Path) -> Log:
         except ValueError as error:
             left_out.append((number, str(error)))
             continue
-        if _CHECKED.search(line):
+        if is_checked(line):
             checked = True
         elif checked:
             unchecked.append(number)
@@ -221,7 +205,7 @@ def read_samples(run: Path) -> dict[int, list[int]]:
 def parse_samples(line: bytes) -> dict[str, Any] | None:
     """A line of a file of samples, `{started, from}` or `{started, step, ids}`; None if it is none."""
     try:
-        record = parse(line)
+        record = parse_checked(line)
     except ValueError:
         return None
     types = {"started": is_number, "from": is_count, "step": is_count, "ids": list_of(is_count)}

@@ -7,7 +7,6 @@ left out and named, never guessed.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from irkd_dist import files, plain
 from irkd_dist.errors import UserError, reason, unreadable
-from irkd_dist.typed import Check, is_count, is_text, is_time, optional, parse, wrong_type
+from irkd_dist.typed import Check, checked, is_count, is_text, is_time, optional, parse_checked, wrong_type
 
 CONFIG, EVENTS, SESSION, OWNER = "config.yaml", "events.jsonl", "session", "owner"
 STATUS, RESTARTS = "status.json", "restarts.json"
@@ -132,7 +131,7 @@ def write_status(run: Path, state: str, step: int, world: int, reason: str = "")
     """
     told = {"state": state, "step": step, "time": round(time.time(), 1), "reason": reason, "world": world}
     with contextlib.suppress(UserError):  # a full disk must not end the run
-        files.write(run / STATUS, json.dumps(told) + "\n")
+        files.write(run / STATUS, checked(told))
 
 
 def read_status(run: Path) -> tuple[dict[str, Any], str]:
@@ -151,7 +150,7 @@ def read_restarts(run: Path) -> tuple[dict[str, Any], str]:
 
 def _read_small(file: Path, types: dict[str, Check], needed: str | None = None) -> tuple[dict[str, Any], str]:
     try:
-        value = parse(files.read(file))
+        value = parse_checked(files.read(file))
     except FileNotFoundError:
         return {}, ""
     except OSError as error:

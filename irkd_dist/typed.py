@@ -1,13 +1,15 @@
-"""What is read as JSON: the values, and whether they are of the types that they should be."""
+"""What is read as JSON: the values, whether they are as they were written, and of the types that they should be."""
 
 from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 Check = Callable[[object], bool]
+_SUFFIX = 20  # bytes of `, "crc": "01234567"}`
 
 
 def parse(data: bytes) -> Any:
@@ -24,6 +26,44 @@ def parse(data: bytes) -> Any:
         raise ValueError("nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"no JSON: {error}") from None
+
+
+def checked(values: dict[str, Any]) -> bytes:
+    """A mapping as a line of JSON, with a checksum of what stands before it as its last key."""
+    text = json.dumps(values).encode()
+    return text[:-1] + b', "crc": "%08x"}\n' % zlib.crc32(text)
+
+
+def parse_checked(data: bytes) -> Any:
+    """The value of what `checked` wrote, without the checksum; of any other JSON too: earlier releases wrote none.
+
+    Raises:
+        ValueError: it is no JSON, or was altered since.
+    """
+    data = data.rstrip(b"\n")
+    start = len(data) - _SUFFIX
+    strange = _strange(data)
+    if strange == 0:
+        text = data[:start] + b"}"
+        if data[start + 10 : start + 18] != b"%08x" % zlib.crc32(text):
+            raise ValueError("altered: its checksum differs")
+        data = text
+    elif strange <= 2:
+        raise ValueError("altered: its checksum cannot be read")
+    return parse(data)
+
+
+def is_checked(line: bytes) -> bool:
+    """Whether it ends with a checksum, right or wrong."""
+    return _strange(line) == 0
+
+
+def _strange(line: bytes) -> int:
+    """How many bytes of its end are not those that go around a checksum; 3 are as good as all."""
+    end = line[-_SUFFIX:]
+    if len(end) < _SUFFIX:
+        return _SUFFIX
+    return sum(a != b for a, b in zip(end[:10] + end[18:], b', "crc": ""}', strict=True))
 
 
 def is_count(value: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from irkd_dist import checkpoint, evaluate, eventlog, networks, report, verify_runs
+from irkd_dist import checkpoint, evaluate, eventlog, networks, report, runfolder, verify_runs
 from irkd_dist import config as configuration
 from irkd_dist.data import shards
 from irkd_dist.errors import UserError
-from irkd_dist.training import panels
+from irkd_dist.report import reading
+from irkd_dist.training import panels, requeue
+from irkd_dist.training.tracking import SampleLog
 from irkd_dist.training.train import train
 
 YAML = """
@@ -185,6 +188,43 @@ def test_verify_names_the_file_with_one_flipped_bit(trained: Path, tmp_path: Pat
     assert found
     # the newest checkpoint counts on the best, so that one is named for both reasons
     assert all(file.name in line or file.parent.name in line for line in found), found
+
+
+def test_any_flipped_bit_of_a_small_file_is_found(runs: Path) -> None:
+    """Also one that leaves a number a number: each bit of each byte of what a run says of itself."""
+    run = runs / "student"
+    runfolder.write_status(run, "stopped", 123, 2, "all is well")
+    requeue.decide(run, limit=3)
+    evaluate.evaluate(run, resolutions=[16])
+    (run / "samples").mkdir()
+    with SampleLog(run, 0, 12345.5, 7, True) as log:
+        log.write(7, [1, 22, 333])
+    assert verify_runs.run(run) == []
+    (evaluation,) = (run / "evaluation").iterdir()
+    readers: dict[Path, Callable[[Path], object]] = {
+        run / "status.json": lambda file: runfolder.read_status(run)[1],
+        run / "restarts.json": lambda file: runfolder.read_restarts(run)[1],
+        evaluation: lambda file: _refused(reading.read_evaluation, file),
+        run / "samples" / "rank-00000.jsonl": lambda file: any(
+            eventlog.parse_samples(line) is None for line in file.read_bytes().splitlines() if line.strip()
+        ),
+    }
+    for file, damaged in readers.items():
+        whole = file.read_bytes()
+        for at in range(len(whole) - 1):  # the last is the line's end
+            for bit in range(8):
+                file.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << bit)]) + whole[at + 1 :])
+                assert damaged(file), (file.name, at, bit)
+        file.write_bytes(whole)
+    assert verify_runs.run(run) == []
+
+
+def _refused(read: Callable[[Path], object], file: Path) -> bool:
+    try:
+        read(file)
+    except (ValueError, TypeError, AttributeError):
+        return True
+    return False
 
 
 def test_verify_names_every_other_kind(runs: Path) -> None:

@@ -53,6 +53,10 @@ class SmallResNet(nn.Module):
         self.num_classes, self.num_features, self.scale = num_classes, widths[-1], scale
         self.stem = _convolution(in_chans, widths[0])
         self.stages = nn.Sequential(*(Stage(a, b) for a, b in itertools.pairwise(widths)))
+        self.feature_info = [
+            {"module": f"stages.{i}", "num_chs": width, "reduction": 2 ** (i + 1)}
+            for i, width in enumerate(widths[1:])
+        ]
         self.pool = nn.AdaptiveMaxPool2d(1)
         self.drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(widths[-1], num_classes, bias=False)

@@ -185,7 +185,7 @@ def _classes_of_shards(config: Config) -> tuple[str, ...]:
 
 def read_evaluation(file: Path) -> Evaluation:
     """A result of `irkd evaluate`; ValueError, TypeError or AttributeError if it is none."""
-    values = typed.parse(files.read(file))
+    values = typed.parse_checked(files.read(file))
     parts = [values.get(key) or {} for key in ("accuracy", "agreement", "pointing")]
     accuracy, agreement, pointing = ({int(k): v for k, v in part.items()} for part in parts)
     rows = []

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from irkd_dist import files, runfolder
+from irkd_dist import files, runfolder, typed
 
 
 @dataclass(frozen=True)
@@ -81,4 +80,4 @@ def _newest_step(run: Path) -> int | None:
 
 
 def _write(file: Path, value: dict[str, object]) -> None:
-    files.write(file, json.dumps(value) + "\n")
+    files.write(file, typed.checked(value))

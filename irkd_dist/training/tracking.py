@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from irkd_dist import __version__, eventlog, files, runfolder
+from irkd_dist import __version__, eventlog, files, runfolder, typed
 from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
 
@@ -77,7 +77,7 @@ class Tracker:
         """Append one line to events.jsonl, flushed."""
         if self.main:
             line = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
-            self._pending.append(eventlog.event_line(line))
+            self._pending.append(typed.checked(line))
             self._write()
             if kind == "stop" and self._kind == "wandb":
                 self._backend.stop()
@@ -323,7 +323,7 @@ class SampleLog:
             self._line({"step": step, "ids": ids})
 
     def _line(self, values: dict[str, Any]) -> None:
-        self._file.write((json.dumps({"started": self._started, **values}) + "\n").encode())
+        self._file.write(typed.checked({"started": self._started, **values}))
 
 
 def summary_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:

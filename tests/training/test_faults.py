@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from irkd_dist import eventlog
+from irkd_dist import typed
 from irkd_dist.eventlog import read_decisions, read_events, read_samples
 from irkd_dist.training import requeue
 from tests import chaos
@@ -200,7 +200,7 @@ def test_decisions_taken_before_a_restart_are_replayed_on_another_world(config: 
     told = first | {"decision": first["decision"] | {"action": "finish", "reason": "the log says so"}}
     lines = events.splitlines()
     lines[lines.index(next(t for t in lines if '"event": "decision"' in t))] = (
-        eventlog.event_line({k: v for k, v in told.items() if k != "crc"}).decode().rstrip()
+        typed.checked({k: v for k, v in told.items() if k != "crc"}).decode().rstrip()
     )
     (run / "events.jsonl").write_text("\n".join(lines) + "\n")
     for folder in (run / "checkpoints").iterdir():

@@ -9,7 +9,7 @@ import torch
 import webdataset as wds
 from torch.nn import functional as F
 
-from irkd_dist import checkpoint, configured, evaluate, networks
+from irkd_dist import checkpoint, configured, evaluate, networks, typed
 from irkd_dist import config as configuration
 from irkd_dist.data import sampler
 from irkd_dist.errors import UserError
@@ -292,9 +292,9 @@ def test_evaluate_agrees_with_the_run_and_measures_agreement(student_yaml: Path)
     assert 0 <= result["agreement"]["16"]["mse"] < 1
     assert -1 <= result["agreement"]["16"]["correlation"] <= 1
     kept = folder / "evaluation" / "test-8-12-16-best.json"
-    assert json.loads(kept.read_text()) == result
+    assert typed.parse_checked(kept.read_bytes()) == result
     evaluate.evaluate(folder, split="val", resolutions=[16])
-    assert json.loads(kept.read_text()) == result
+    assert typed.parse_checked(kept.read_bytes()) == result
     assert (kept.parent / "val-16-best.json").is_file()
     bare = evaluate.evaluate(checkpoint.find(folder, "last")[0], resolutions=[12])
     assert set(bare["accuracy"]) == {"12"}
