@@ -70,6 +70,7 @@ def build(config: Config, engine: Engine) -> Parts:
         models.without_fused_attention(student)
     if engine.name == "ddp":  # the others take contiguous parameters only
         models.channels_last(student)
+    preflight.check_fraction(config, student)
     preflight.check_forward(config, manifest, stages, student, taps, teacher)
 
     distiller = Distiller(student, _objective(config, taps), engine.autocast)

@@ -80,6 +80,16 @@ def check_shards(config: Config, engine: Engine, manifest: shards.Manifest) -> N
         raise UserError(f"{damaged[0]}{more}; `irkd render` with the same arguments repairs what is damaged")
 
 
+def check_fraction(config: Config, student: nn.Module) -> None:
+    """Refuse what would part a batch that is normalised as a whole: aligned samples run apart from the others."""
+    spec = config.loss.saliency
+    if spec.gamma and spec.fraction < 1 and models.has_batch_norm(student):
+        raise UserError(
+            f"loss.saliency.fraction={spec.fraction} with student.name={config.student.name}: BatchNorm would take its "
+            "statistics of two parts of a batch; use fraction=1, and loss.saliency.every=2 (or more) to align less often"
+        )
+
+
 def check_forward(
     config: Config, manifest: shards.Manifest, stages: list[Stage], student: nn.Module, taps: list[str],
     teacher: Teacher | None,

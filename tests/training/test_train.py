@@ -406,6 +406,16 @@ def test_a_full_view_reaches_panels_and_agreement(shapes: Path, student_yaml: Pa
         (["student.options.in_chans=1"], "cannot take images at the stage of 12 px"),
         (["student.options.num_classes=5"], "5,.*10 classes"),
         (["loss.saliency.taps=[head]"], "'head' gives .* no patch tokens and no grid"),
+        (
+            [
+                "student.name=small_resnet",
+                "student.patch=null",
+                "student.options={}",
+                "loss.saliency.taps=[[stages.0,blocks.1]]",
+                "loss.saliency.fraction=0.5",
+            ],
+            "BatchNorm would take its statistics of two parts",
+        ),
     ],
 )
 def test_a_model_that_cannot_run_is_refused_before(
