@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from irkd_dist import __version__
 from irkd_dist.data import arguments as render_arguments
@@ -174,14 +177,42 @@ def _parser() -> argparse.ArgumentParser:
 
     study = _command(commands, "study", "several experiments over several seeds, and their table")
     study.add_argument("study", type=Path, help="YAML file, e.g. configs/cifar10/cpu/study.yaml")
-    study.add_argument("overrides", nargs="*", metavar="key=value", help="for every run")
-    study.add_argument("--out", type=Path, help="Markdown file for the table")
+    _study_options(study)
+    study.add_argument("--cells", action="store_true", help="only list the runs, numbered from 1 on")
+    study.add_argument(
+        "--cell", type=int, help="only print the arguments of this run, for `irkd`, a line each"
+    )
     study.set_defaults(call=_study)
+
+    reproduce = _command(commands, "reproduce", "a table of the paper, every cell of it, with intervals")
+    reproduce.add_argument(
+        "table", choices=["table1"], help="which: table1 has 5 setups for each of 3 students"
+    )
+    _study_options(reproduce)
+    reproduce.set_defaults(call=_reproduce)
 
     demo = _command(commands, "demo", "the whole job on synthetic images, in minutes")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"))
     demo.set_defaults(call=_demo)
     return parser
+
+
+def _study_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run")
+    parser.add_argument(
+        "--out", type=Path, help="Markdown file for the table; .html and .json appear beside it"
+    )
+    parser.add_argument("--jobs", type=_at_least_one, default=1, help="runs at once, as far as memory allows")
+    parser.add_argument(
+        "--seeds", type=_at_least_one, help="0 to this many less one, instead of the study's own"
+    )
+    parser.add_argument("--scale", help="one of the study's scales, which shorten every run")
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 def _command(
@@ -350,9 +381,48 @@ def _study(arguments: argparse.Namespace) -> int:
     with _imports():
         from irkd_dist import study
 
-    command = " ".join(["irkd study", str(arguments.study), *arguments.overrides])
-    command += f" --out {arguments.out}" if arguments.out else ""
-    print(study.run(study.load(arguments.study), arguments.overrides, arguments.out, command))
+    loaded = _with_seeds(study.load(arguments.study), arguments.seeds)
+    if arguments.cells or arguments.cell is not None:
+        cells = study.cells(loaded, arguments.overrides, arguments.scale)
+        if arguments.cells:
+            print(
+                "\n".join(
+                    f"{i} {cell.name}: irkd {shlex.join(cell.arguments)}" for i, cell in enumerate(cells, 1)
+                )
+            )
+        elif not 1 <= arguments.cell <= len(cells):
+            raise UserError(f"--cell {arguments.cell}: {arguments.study} has 1 to {len(cells)}")
+        else:
+            print("\n".join(cells[arguments.cell - 1].arguments))
+        return 0
+    return _run_studies(arguments, [loaded], str(arguments.study))
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    with _imports():
+        from irkd_dist import study
+
+    columns = ("custom_p2", "vit_tiny_p2", "vit_tiny_p4")
+    studies = [study.load(Path(f"configs/cifar10/{arguments.table}/{name}.yaml")) for name in columns]
+    return _run_studies(arguments, [_with_seeds(s, arguments.seeds) for s in studies], arguments.table)
+
+
+def _with_seeds(loaded: Any, count: int | None) -> Any:
+    return loaded if count is None else dataclasses.replace(loaded, seeds=[*range(count)])
+
+
+def _run_studies(arguments: argparse.Namespace, studies: list[Any], named: str) -> int:
+    from irkd_dist import study
+
+    options = [("--scale", arguments.scale), ("--seeds", arguments.seeds), ("--out", arguments.out)]
+    told = [f"{name} {value}" for name, value in options if value is not None]
+    name = "study" if arguments.call is _study else "reproduce"
+    command = " ".join(["irkd", name, named, *map(shlex.quote, arguments.overrides), *told])
+    print(
+        study.run(
+            studies, arguments.overrides, arguments.out, command, beside=arguments.jobs, scale=arguments.scale
+        )
+    )
     return 0
 
 

@@ -1,24 +1,25 @@
-"""A study: several experiments over several seeds, trained one after the other, and their table."""
+"""A study: several experiments over several seeds, one after the other or beside one another, and their table.
+
+What the table is made of is kept beside it as JSON, so that `irkd verify` can make the table again and compare.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
-import statistics
-import subprocess
-import sys
+import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from irkd_dist import __version__, eventlog, files, plain
+from irkd_dist import __version__, eventlog, files, jobs, plain, study_page
 from irkd_dist import config as configuration
-from irkd_dist.errors import UserError
+from irkd_dist.errors import Stopped, UserError
+from irkd_dist.training import tracking
 
 
 @dataclass(frozen=True)
@@ -30,118 +31,180 @@ class Study:
     seeds: list[int]
     teachers: list[str] = field(default_factory=list)  # configurations
     overrides: list[str] = field(default_factory=list)  # for every run
+    own: dict[str, list[str]] = field(default_factory=dict)  # overrides for one experiment or teacher
+    # by --scale: overrides of every run (under `all`), and of an experiment or teacher by name
+    scales: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    deviations: dict[str, list[str]] = field(default_factory=dict)  # by scale: sentences for the page
+    baseline: str | None = None  # the experiment that the others are compared with; null: the first
+    published: dict[str, float] = field(default_factory=dict)  # accuracy in % that others report
     notes: list[str] = field(default_factory=list)  # sentences for the page
     __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
-class Result:
-    """One finished run."""
+class Cell:
+    """One training of a study; a teacher has the seed of its configuration."""
 
     experiment: str
-    seed: int
-    command: str
-    summary: dict[str, Any]
+    seed: int | None
+    path: str
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables."""
+        return self.experiment if self.seed is None else f"{self.experiment}, seed {self.seed}"
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What `irkd` is given for it."""
+        return ("train", self.path, *([] if self.seed is None else [f"seed={self.seed}"]), *self.overrides)
+
+    @property
+    def config(self) -> configuration.Config:
+        """Its configuration."""
+        return configuration.load(self.path, [*self.arguments[2:]])
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder."""
+        return configuration.folder_of(self.config)
 
 
 def load(path: Path) -> Study:
     """Read a study's YAML.
 
     Raises:
-        UserError: no such file, or a key is unknown, missing or of the wrong type.
+        UserError: no such file, a key is unknown, missing or of the wrong type, or names no experiment.
     """
     file = configuration.find(path)
     try:
-        return TypeAdapter(Study).validate_python(plain.read(file))
+        study = TypeAdapter(Study).validate_python(plain.read(file))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(
             f"{file}: {key}: {first['msg'].lower()} (a study has {', '.join(Study.__dataclass_fields__)})"
         ) from error
+    known = {*study.experiments, *study.teachers}
+    named = [("own", study.own), ("published", study.published), ("baseline", [study.baseline])]
+    named += [(f"scales.{scale}", own) for scale, own in study.scales.items()]
+    for key, names in named:
+        for name in names:
+            if name not in (None, "all") and name not in known:
+                raise UserError(
+                    f"{file}: {key}: {name!r} is no experiment; it has {', '.join(study.experiments)}"
+                )
+    return study
 
 
-def run(study: Study, overrides: list[str], out: Path | None, command: str) -> str:
-    """Train what is not trained yet and return the table as Markdown, also written to `out`.
+def cells(study: Study, overrides: Sequence[str] = (), scale: str | None = None) -> list[Cell]:
+    """Every training of a study, teachers first, then seed by seed, so that each row has figures early.
 
+    Raises:
+        UserError: the study has no such scale.
+    """
+    if scale is not None and scale not in study.scales:
+        raise UserError(f"--scale {scale}: {study.title!r} has {', '.join(study.scales) or 'no scales'}")
+    scaled = study.scales[scale] if scale else {}
+
+    def cell(name: str, seed: int | None, path: str) -> Cell:
+        own = (*study.own.get(name, ()), *scaled.get("all", ()), *scaled.get(name, ()))
+        return Cell(name, seed, path, (*study.overrides, *own, *overrides))
+
+    return [
+        *(cell(path, None, path) for path in study.teachers),
+        *(cell(name, seed, path) for seed in study.seeds for name, path in study.experiments.items()),
+    ]
+
+
+def run(
+    studies: Sequence[Study], overrides: Sequence[str], out: Path | None, command: str, *,
+    beside: int = 1, scale: str | None = None,
+) -> str:  # fmt: skip
+    """Train what is not trained yet, `beside` runs at once, and return the table as Markdown.
+
+    With `out` it is written there, what it was made of beside it (`.json`), and a page (`.html`); after each seed too.
     A finished run is not trained again and an interrupted one goes on, so the same command takes up where it stopped.
 
     Raises:
-        UserError: a run fails; its own message is printed above.
+        UserError: runs have failed; the others are trained.
+        Stopped: a signal asked for it.
     """
-    common = [*study.overrides, *overrides]
-    for teacher in study.teachers:
-        _train(teacher, "teacher", None, common)
-    teachers = [_result(t, "teacher", None, common) for t in study.teachers]
-    results = []
-    for seed in study.seeds:  # seed by seed, so that every row has figures early
-        for name, path in study.experiments.items():
-            _train(path, name, seed, common)
-            results.append(_result(path, name, seed, common))
-            page = _page(study, teachers, results, command)
-            if out is not None:
-                files.write(out, page)
-    return _page(study, teachers, results, command)
+    everything = [cell for study in studies for cell in cells(study, overrides, scale)]
+    failed: dict[str, str] = {}
+    for seed in dict.fromkeys(cell.seed for cell in everything):  # the teachers have none
+        phase = {cell.folder: cell for cell in everything if cell.seed == seed}  # studies may share a teacher
+        todo = [jobs.Job(cell.name, cell.arguments, folder) for folder, cell in phase.items()]
+        problems, stopped = jobs.run(todo, beside, tracking.console())
+        failed |= problems
+        if stopped:
+            raise Stopped
+        if out is not None:
+            write(out, record(studies, overrides, scale, command))
+        if failed and seed is None:
+            break  # the students have nothing to learn from
+    if failed:
+        named = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        raise UserError(f"{len(failed)} of {len(everything)} runs failed: {named}")
+    return study_page.markdown(record(studies, overrides, scale, command))
 
 
-def _train(path: str, name: str, seed: int | None, overrides: list[str]) -> None:
-    print(f"== {name}{'' if seed is None else f', seed {seed}'}", flush=True)
-    arguments = _arguments(path, seed, overrides)
-    done = subprocess.run([sys.executable, "-m", "irkd_dist", *arguments], check=False)
-    if done.returncode:
-        raise UserError(f"{' '.join(['irkd', *arguments])} ended with {done.returncode}")
+def record(
+    studies: Sequence[Study], overrides: Sequence[str] = (), scale: str | None = None, command: str = ""
+) -> dict[str, Any]:
+    """What a page is made of: plain values, with the summary of each run that is finished.
+
+    Raises:
+        UserError: shards without a test split, which a table needs.
+    """
+    told = []
+    for study in studies:
+        runs = [found for cell in cells(study, overrides, scale) if (found := _result(cell)) is not None]
+        told.append(
+            {
+                "title": study.title, "notes": [*study.notes, *study.deviations.get(scale or "", [])],
+                "experiments": [*study.experiments],
+                "baseline": study.baseline or next(iter(study.experiments), None), "published": study.published,
+                "runs": runs,
+            }
+        )  # fmt: skip
+    return {"command": command, "scale": scale, "studies": told, "machine": _machine()}
 
 
-def _arguments(path: str, seed: int | None, overrides: list[str]) -> list[str]:
-    return ["train", path, *([] if seed is None else [f"seed={seed}"]), *overrides]
+def write(out: Path, values: dict[str, Any]) -> None:
+    """Write a page as Markdown and HTML, and what it was made of."""
+    files.write(out, study_page.markdown(values))
+    files.write(out.with_suffix(".html"), study_page.html(values))
+    files.write(out.with_suffix(".json"), study_page.to_json(values))
 
 
-def _result(path: str, name: str, seed: int | None, overrides: list[str]) -> Result:
-    arguments = _arguments(path, seed, overrides)
-    config = configuration.load(path, arguments[2:])
-    events = eventlog.read_events(configuration.folder_of(config))
-    summary = next(e for e in reversed(events) if e["event"] == "summary")
+def _result(cell: Cell) -> dict[str, Any] | None:
+    """What a finished run came to; None if it is not finished."""
+    config = cell.config
+    folder = configuration.folder_of(config)
+    try:
+        events = eventlog.read_events(folder)
+    except UserError:  # it has not begun
+        return None
+    summary = next((e for e in reversed(events) if e["event"] == "summary"), None)
+    if summary is None:
+        return None
     if "test_accuracy" not in summary:
         raise UserError(f"{config.data.shards} has no test split, and a study's table needs one")
-    return Result(name, config.seed, " ".join(["irkd", *arguments]), summary)
-
-
-def _page(study: Study, teachers: list[Result], results: list[Result], command: str) -> str:
-    lines = [f"# {study.title}", "", *(f"{note}\n" for note in study.notes)]
-    lines += [
-        f"Test accuracy in %, mean and sample standard deviation over seeds; `best` is the checkpoint with the best "
-        f"validation accuracy in the last stage, `last` the weights at the end. One command: `{command}`.",
-        "",
-        "| experiment | seeds | test, best | test, last | seconds a run |",
-        "|---|---|---|---|---|",
-    ]
-    for name in study.experiments:
-        own = [r.summary for r in results if r.experiment == name]
-        if own:
-            columns = (
-                _mean_std([100 * s[key] for s in own]) for key in ("test_accuracy", "test_accuracy_last")
-            )
-            seconds = _mean_std([s["seconds"] for s in own], digits=0)
-            lines.append(f"| {name} | {len(own)} | {' | '.join(columns)} | {seconds} |")
-    for teacher in teachers:
-        lines.append(f"| teacher | 1 {_figures(teacher)}")
-    lines += ["", "## Every run", "", "| command | test, best | test, last | seconds |", "|---|---|---|---|"]
-    for r in [*teachers, *results]:
-        lines.append(f"| `{r.command}` {_figures(r)}")
-    return "\n".join([*lines, "", _machine(), ""])
-
-
-def _figures(result: Result) -> str:
-    s = result.summary
-    return f"| {100 * s['test_accuracy']:.2f} | {100 * s['test_accuracy_last']:.2f} | {s['seconds']:.0f} |"
-
-
-def _mean_std(values: list[float], digits: int = 2) -> str:
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    kept = ("test_accuracy", "test_accuracy_last", "val_accuracy", "seconds", "steps", "resolution")
+    epochs = [e for e in events if e["event"] in ("evaluation", "epoch")]
+    return {
+        "experiment": cell.experiment, "teacher": cell.seed is None, "seed": config.seed,
+        "command": shlex.join(["irkd", *cell.arguments]), "images": sum(e.get("images", 0) for e in epochs),
+        **{key: summary[key] for key in kept if key in summary},
+    }  # fmt: skip
 
 
 def _machine() -> str:
+    import timm
+    import torch
+
     cpu = f"CPU ({_cpu()}, {os.cpu_count()} cores)"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     threads = os.environ.get("OMP_NUM_THREADS", "all")

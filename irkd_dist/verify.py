@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from irkd_dist import runfolder, verify_runs
+from irkd_dist import runfolder, study_page, verify_runs
 from irkd_dist.data import shards as format
 from irkd_dist.data.index import Index
 from irkd_dist.errors import UserError
@@ -34,11 +34,27 @@ def verify(path: Path, progress: Progress = lambda done, total: None) -> Iterato
         return iter(verify_runs.checkpoint_folder(path))
     if (path / runfolder.CONFIG).exists() or (path / runfolder.EVENTS).exists():
         return iter(verify_runs.run(path, progress))
+    pages = (
+        [path]
+        if path.suffix == ".md"
+        else sorted(p for p in path.glob("*.md") if p.with_suffix(".json").exists())
+    )
+    if pages:
+        return study_pages(pages)
     # here: caches and exports, each with a function of its own
     raise UserError(
-        f"{path} is no folder of irkd shards ({format.MANIFEST} in it), no run folder ({runfolder.CONFIG}) and no "
-        f"checkpoint ({runfolder.STATE})"
+        f"{path} is no folder of irkd shards ({format.MANIFEST} in it), no run folder ({runfolder.CONFIG}), no "
+        f"checkpoint ({runfolder.STATE}) and has no page of a study (.md with .json beside it)"
     )
+
+
+def study_pages(pages: list[Path]) -> Iterator[str]:
+    """The figures of studies' pages that are not those of the runs beside them."""
+    for page in pages:
+        try:
+            yield from study_page.differences(page)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+            yield f"{page} cannot be compared with {page.with_suffix('.json').name}: {type(error).__name__}: {error}"
 
 
 def shards(folder: Path, progress: Progress) -> Iterator[str]:

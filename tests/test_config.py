@@ -410,12 +410,13 @@ def test_a_sweeps_trials_never_collide(base: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda f: str(f.relative_to(CONFIGS)))
 def test_every_shipped_configuration_is_valid(file: Path) -> None:
-    if "study" in file.stem:
+    if "study" in file.stem or file.parent.name == "table1":
         from irkd_dist import study
 
         loaded = study.load(file)
-        for name in [*loaded.teachers, *loaded.experiments.values()]:
-            config.load(name)
+        for scale in (None, *loaded.scales):
+            cells = study.cells(loaded, scale=scale)
+            assert len({cell.folder for cell in cells}) == len(cells)
     else:
         config.load(file)
         first = file.read_text().splitlines()[0]

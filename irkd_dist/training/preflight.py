@@ -86,7 +86,7 @@ def check_fraction(config: Config, student: nn.Module) -> None:
     if spec.gamma and spec.fraction < 1 and models.has_batch_norm(student):
         raise UserError(
             f"loss.saliency.fraction={spec.fraction} with student.name={config.student.name}: BatchNorm would take its "
-            "statistics of two parts of a batch; use fraction=1, and loss.saliency.every=2 (or more) to align less often"
+            "statistics of two parts of a batch; use fraction=1, and loss.saliency.every=2 or more to align less"
         )
 
 

@@ -1,0 +1,247 @@
+"""Trainings beside one another: processes of `irkd train`, as many at once as asked and as memory allows.
+
+Each is a run of its own that checkpoints and resumes by itself; here is only who starts when and where, what becomes of
+a request to stop, and one table of how all stand.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from irkd_dist import runfolder, status
+from irkd_dist.data import memory
+from irkd_dist.errors import EXIT_STOPPED, UserError
+
+POLL_S = 0.2
+SPARE = 1.2  # of the memory that the largest run has taken must be free before another starts
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training: its name in the table, the arguments of `irkd`, and its run folder."""
+
+    name: str
+    arguments: tuple[str, ...]
+    folder: Path
+
+    @property
+    def log(self) -> Path:
+        """Where its output goes when others run beside it."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: subprocess.Popen[bytes]
+    slot: int
+    largest: int = 0  # bytes that it has taken so far
+
+
+@dataclass
+class _Requests:
+    """Signals that arrive are handed on to every run once each; the runs write their checkpoints and end."""
+
+    asked: list[int] = field(default_factory=list)
+    before: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> _Requests:
+        for number in SIGNALS:
+            self.before[number] = signal.signal(number, lambda received, _: self.asked.append(received))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def run(todo: Sequence[Job], beside: int, console: Console) -> tuple[dict[str, str], bool]:
+    """Train all, `beside` at once; a job whose run is finished only says so.
+
+    With several at once each gets its part of the cores (OMP_NUM_THREADS, unless that is set) and the GPUs in turn, and
+    its output goes to `Job.log`. A run that fails does not stop the others. A further one starts when the last has
+    begun to train and as much memory is left as the largest takes.
+
+    Returns:
+        Why each job that failed did, by name; and whether a signal ended it all: then the same call goes on.
+    """
+    waiting, running, failed = collections.deque(todo), list[_Running](), dict[str, str]()
+    done, stopped, largest, handed = set[str](), False, 0, 0
+    with _Requests() as requests, _shown(console, todo, done, failed, beside) as show:
+        while running or (waiting and not requests.asked):
+            for each in list(running):
+                each.largest = max(each.largest, _taken(each.process.pid))
+                largest = max(largest, each.largest)
+                if (code := each.process.poll()) is None:
+                    continue
+                running.remove(each)
+                if code == 0:
+                    done.add(each.job.name)
+                elif code == EXIT_STOPPED:
+                    stopped = True
+                else:
+                    failed[each.job.name] = _why(each.job, code, beside)
+            for number in requests.asked[handed:]:
+                for each in running:
+                    each.process.send_signal(number)
+            handed = len(requests.asked)
+            free = [s for s in range(beside) if s not in {each.slot for each in running}]
+            if waiting and free and not requests.asked and _room(running, largest):
+                running.append(_start(waiting.popleft(), free[0], beside))
+            show()
+            time.sleep(POLL_S)
+    return failed, stopped or bool(requests.asked)
+
+
+def _start(job: Job, slot: int, beside: int) -> _Running:
+    environment = dict(os.environ)
+    if beside > 1:
+        cores = len(os.sched_getaffinity(0))
+        environment.setdefault("OMP_NUM_THREADS", str(max(cores // beside, 1)))
+        if gpus := _gpus():
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    command = [sys.executable, "-m", "irkd_dist", *job.arguments]
+    if beside == 1:
+        return _Running(job, subprocess.Popen(command, env=environment, preexec_fn=_with_parent), slot)
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            preexec_fn=_with_parent,
+        )
+    return _Running(job, process, slot)
+
+
+def _with_parent() -> None:
+    """In the child: a session of its own, since Ctrl-C is handed on; and a request to stop if the parent is killed."""
+    os.setsid()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; none where there is no driver."""
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in given.split(",") if name]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+    return [str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+
+
+def _room(running: list[_Running], largest: int) -> bool:
+    """Whether another may start: the last has shown what it takes, and as much is left."""
+    if not running:
+        return True
+    return all(_trains(each.job) for each in running) and memory.left() > SPARE * largest
+
+
+def _trains(job: Job) -> bool:
+    """Whether a run that was started has come to its steps."""
+    try:
+        return b'"event": "train"' in (job.folder / runfolder.EVENTS).read_bytes()
+    except OSError:
+        return False
+
+
+def _taken(process: int) -> int:
+    """Bytes of memory of a process and those that it started; 0 where it is gone."""
+    with contextlib.suppress(psutil.Error):
+        root = psutil.Process(process)
+        return sum(p.memory_info().rss for p in [root, *root.children(recursive=True)])
+    return 0
+
+
+def _why(job: Job, code: int, beside: int) -> str:
+    """The last line of a failed run's log that says why; its exit code where it has none."""
+    if beside == 1:
+        return f"ended with {code}; see above"
+    with contextlib.suppress(OSError):
+        lines = job.log.read_text(errors="backslashreplace").splitlines()
+        told = next((line for line in reversed(lines) if line.startswith("irkd:")), None)
+        if told is not None:
+            return f"{told.removeprefix('irkd: ')} (log: {job.log})"
+    return f"ended with {code} (log: {job.log})"
+
+
+@contextlib.contextmanager
+def _shown(
+    console: Console, todo: Sequence[Job], done: set[str], failed: dict[str, str], beside: int
+) -> Iterator[Any]:
+    """A function that brings what is shown up to date: a table in a terminal, else a line for each end."""
+    if beside == 1:
+        yield lambda: None
+        return
+    if not console.is_terminal:
+        told = set[str]()
+
+        def lines() -> None:
+            for name in [*done, *failed]:
+                if name not in told:
+                    told.add(name)
+                    said = f"failed: {failed[name]}" if name in failed else "done"
+                    console.print(
+                        f"{len(told)} of {len(todo)}: {name}: {said}", markup=False, highlight=False
+                    )
+
+        yield lines
+        lines()
+        return
+    shown_at = 0.0
+    with Live(console=console, auto_refresh=False) as live:
+
+        def table() -> None:
+            nonlocal shown_at
+            if time.monotonic() - shown_at > 1:
+                live.update(_table(todo, done, failed), refresh=True)
+                shown_at = time.monotonic()
+
+        yield table
+        live.update(_table(todo, done, failed), refresh=True)
+
+
+def _table(todo: Sequence[Job], done: set[str], failed: dict[str, str]) -> Table:
+    table = Table("run", "state", "at", "best val", "images/s", "left")
+    for job in todo:
+        state, cells = _row(job, done, failed)
+        table.add_row(escape(job.name), state, *cells)
+    return table
+
+
+def _row(job: Job, done: set[str], failed: dict[str, str]) -> tuple[str, list[str]]:
+    if job.name in failed:
+        return "failed", [escape(failed[job.name][:60]), "", "", ""]
+    try:
+        now = status.read(job.folder)
+    except UserError:  # it has not begun
+        return "waiting", ["", "", "", ""]
+    state = "done" if job.name in done else now.state
+    return state, [
+        f"{now.resolution} px, epoch {now.epoch}/{now.epochs}",
+        "" if now.best is None else f"{now.best:.2%}",
+        "" if now.images_per_s is None or state == "done" else f"{now.images_per_s:,.0f}",
+        "" if now.left is None or state == "done" else runfolder.span(now.left),
+    ]

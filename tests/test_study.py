@@ -1,0 +1,194 @@
+"""Studies: the table's arithmetic, runs beside one another, and pages whose figures are those of their runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from irkd_dist import study, study_page, verify
+from irkd_dist.errors import UserError
+from tests.training.launch import irkd
+
+MODEL = "student: {options: {embed_dim: 16, depth: 2, num_heads: 2}}\n"
+
+
+@pytest.fixture
+def folder(shapes: Path, tmp_path: Path) -> Path:
+    """A teacher, two experiments, and a study of them."""
+    common = f"data: {{shards: {shapes}, batch: 64}}\n{MODEL}track: {{panels: 0}}\nout: {tmp_path / 'runs'}\n"
+    (tmp_path / "teacher.yaml").write_text(common + "fixed: {resolution: 8, epochs: 1}\n")
+    (tmp_path / "ce.yaml").write_text(common + "fixed: {resolution: 8, epochs: 1}\n")
+    (tmp_path / "kd.yaml").write_text(
+        common
+        + f"fixed: {{resolution: 8, epochs: 1}}\nteacher: {{run: {tmp_path / 'runs' / 'teacher-seed0'}}}\n"
+        "loss: {kd: {alpha: 1}}\n"
+    )
+    (tmp_path / "study.yaml").write_text(
+        f"title: Small\nteachers: [{tmp_path / 'teacher.yaml'}]\nseeds: [0]\npublished: {{KD: 50}}\n"
+        f"experiments: {{CE: {tmp_path / 'ce.yaml'}, KD: {tmp_path / 'kd.yaml'}}}\n"
+        "scales: {short: {all: [data.subset=32], KD: [loss.kd.alpha=2]}}\n"
+    )
+    return tmp_path
+
+
+def weights(run: Path) -> dict[str, Any]:
+    (newest,) = sorted((run / "checkpoints").iterdir())[-1:]
+    return load_file(newest / "student.safetensors")
+
+
+def test_runs_beside_one_another_are_those_of_one_after_the_other(folder: Path) -> None:
+    tables = []
+    for jobs in ("1", "3"):
+        out = folder / jobs / "table.md"
+        runs = f"out={folder / jobs}"
+        teacher = f"teacher.run={folder / jobs / 'teacher-seed0'}"
+        text = (folder / "study.yaml").read_text() + f"own: {{KD: ['{teacher}']}}\n"
+        (folder / f"study-{jobs}.yaml").write_text(text)
+        irkd("study", str(folder / f"study-{jobs}.yaml"), runs, "--jobs", jobs, "--out", str(out))
+        tables.append(
+            [line.split("|")[1:6] for line in out.read_text().splitlines() if line.startswith("| ")][:4]
+        )
+        assert list(verify.verify(out.parent / "table.md")) == []
+        assert "<table>" in out.with_suffix(".html").read_text()
+    assert tables[0] == tables[1]
+    for name in ("teacher-seed0", "ce-seed0", "kd-seed0"):
+        one, other = weights(folder / "1" / name), weights(folder / "3" / name)
+        assert all((one[k] == other[k]).all() for k in one), name
+    assert (folder / "3" / "ce-seed0.log").read_text().startswith("run ")
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(folder: Path) -> None:
+    (folder / "ce.yaml").write_text(
+        (folder / "ce.yaml").read_text().replace("batch: 64", "batch: 64, subset: 10000")
+    )
+    done = irkd(
+        "study", str(folder / "study.yaml"), "--jobs", "2", "--out", str(folder / "t.md"), check=False
+    )
+    assert done.returncode == 2
+    assert "1 of 3 runs failed: CE, seed 0: error: data.subset=10000" in done.stderr
+    assert "| KD | 1 |" in (folder / "t.md").read_text()
+    assert "| CE |" not in (folder / "t.md").read_text().split("## Every run")[0]
+
+
+def started_and_asked_to_stop(folder: Path, event: bytes) -> tuple[int, str]:
+    """A long study that gets SIGTERM once its first run has written an event: its exit code, and what it said."""
+    command = [sys.executable, "-m", "irkd_dist", "study", str(folder / "study.yaml"), "fixed.epochs=4000"]
+    begun = subprocess.Popen(
+        [*command, "--jobs", "2"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log, deadline = folder / "runs" / "teacher-seed0" / "events.jsonl", time.monotonic() + 120
+    while not (log.exists() and event in log.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    begun.send_signal(signal.SIGTERM)
+    _, said = begun.communicate(timeout=120)
+    return begun.returncode, said
+
+
+def test_a_signal_stops_all_runs_and_the_same_command_goes_on(folder: Path) -> None:
+    code, said = started_and_asked_to_stop(folder, b'"train"')
+    assert code == 75, said
+    status = json.loads((folder / "runs" / "teacher-seed0" / "status.json").read_text())
+    assert status["state"] == "stopped"
+    code, said = started_and_asked_to_stop(folder, b'"resume"')
+    assert code == 75, said
+    again = json.loads((folder / "runs" / "teacher-seed0" / "status.json").read_text())
+    assert again["step"] >= status["step"] > 0
+
+
+def test_cells_and_scales(folder: Path) -> None:
+    loaded = dataclasses.replace(study.load(folder / "study.yaml"), seeds=[0, 1])
+    cells = study.cells(loaded, ["optim.lr=1e-3"], "short")
+    assert [c.name for c in cells][1:] == ["CE, seed 0", "KD, seed 0", "CE, seed 1", "KD, seed 1"]
+    assert cells[2].arguments[2:] == ("seed=0", "data.subset=32", "loss.kd.alpha=2", "optim.lr=1e-3")
+    assert cells[2].config.data.subset == 32
+    with pytest.raises(UserError, match="--scale long: 'Small' has short"):
+        study.cells(loaded, scale="long")
+    listed = irkd("study", str(folder / "study.yaml"), "--cells", "--seeds", "2").stdout.splitlines()
+    assert len(listed) == 5
+    one = irkd("study", str(folder / "study.yaml"), "--cell", "3").stdout.splitlines()
+    assert one == ["train", str(folder / "kd.yaml"), "seed=0"]
+    assert "has 1 to 3" in irkd("study", str(folder / "study.yaml"), "--cell", "6", check=False).stderr
+    (folder / "study.yaml").write_text((folder / "study.yaml").read_text().replace("KD: 50", "KDD: 50"))
+    with pytest.raises(UserError, match="published: 'KDD' is no experiment; it has CE, KD"):
+        study.load(folder / "study.yaml")
+
+
+def test_the_interval_is_students() -> None:
+    """The quantiles against the integral of the density; a sample worked out by hand."""
+    for freedom, t in [*enumerate(study_page.T_975, 1)][::7]:
+        density = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
+        width = t / 20000
+        half = sum(
+            density * (1 + ((i + 0.5) * width) ** 2 / freedom) ** (-(freedom + 1) / 2) * width
+            for i in range(20000)
+        )
+        assert half == pytest.approx(0.475, abs=1e-4)
+    assert study_page.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
+    assert math.isnan(study_page.interval([1.0]))
+
+
+def run_of(name: str, seed: int, accuracy: float, teacher: bool = False) -> dict[str, Any]:
+    return {
+        "experiment": name, "seed": seed, "teacher": teacher, "command": f"irkd train {name}.yaml seed={seed}",
+        "images": 1000, "test_accuracy": accuracy, "test_accuracy_last": accuracy, "seconds": 10.0,
+    }  # fmt: skip
+
+
+def page_of(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    pairs = [(0.50, 0.53), (0.52, 0.56), (0.54, 0.59)]
+    runs = [run_of(n, s, pair[i]) for s, pair in enumerate(pairs) for i, n in enumerate(("CE", "KD"))]
+    one = {
+        "title": "T",
+        "notes": [],
+        "experiments": ["CE", "KD"],
+        "baseline": "CE",
+        "published": {"KD": 55.0},
+    }
+    values = {
+        "command": "irkd study x",
+        "scale": None,
+        "machine": "A machine.",
+        "studies": [{**one, "runs": runs}],
+    }
+    study.write(tmp_path / "page.md", values)
+    return tmp_path / "page.md", values
+
+
+def test_differences_are_paired_over_seeds(tmp_path: Path) -> None:
+    """3, 4, 5 points: mean 4, standard deviation 1, though each experiment alone spreads over 4 to 6."""
+    page, _ = page_of(tmp_path)
+    row = next(line for line in page.read_text().splitlines() if line.startswith("| KD | 3"))
+    assert f"+4.00 ± {4.303 / math.sqrt(3):.2f}" in row
+    assert "| KD | 56.00 ± 7.45 | 55.00 | +1.00 |" in page.read_text()
+
+
+def test_a_figure_that_no_run_backs_is_found(tmp_path: Path) -> None:
+    page, values = page_of(tmp_path)
+    assert list(verify.verify(tmp_path)) == []
+    text = page.read_text()
+    page.write_text(text.replace("# T\n", "# T\n\nWhat it says: nothing. 99 %.\n"))  # the author's own words
+    assert list(verify.verify(page)) == []
+    page.write_text(text.replace("+1.00", "+1.01"))
+    found = list(verify.verify(tmp_path))
+    assert any("+1.01" in line and "no run beside it backs" in line for line in found)
+    assert any("+1.00" in line and "leaves out" in line for line in found)
+    page.write_text(text)
+    values["studies"][0]["runs"][0]["test_accuracy"] = 0.51
+    page.with_suffix(".json").write_text(json.dumps(values))
+    assert list(verify.verify(tmp_path))
+    page.with_suffix(".json").write_text("{")
+    assert "cannot be compared" in next(iter(verify.verify(tmp_path)))
