@@ -359,13 +359,13 @@ def _cache(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     with _imports():
-        from irkd_dist import evaluate
+        from irkd_dist import evaluation
 
     sizes = arguments.resolutions and list(render_arguments.numbers(arguments.resolutions, "--resolutions"))
-    result = evaluate.evaluate(
+    result = evaluation.evaluate(
         arguments.run, which=arguments.which, split=arguments.split, resolutions=sizes, data=arguments.data
     )  # fmt: skip
-    evaluate.show(result)
+    evaluation.show(result)
     return 0
 
 
