@@ -66,18 +66,22 @@ class Student(nn.Module):
     `taps` and `method` of its saliency, `config`, `folder` (its checkpoint).
     """
 
-    def __init__(self, network: networks.Network) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: tuple[str, ...],
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        size: int,
+        taps: tuple[str, ...],
+        method: str,
+        config: Config | None = None,
+        folder: Path | None = None,
+    ) -> None:
         super().__init__()
-        self.model = network.model
-        self.classes, self.mean, self.std, self.size = (
-            network.classes,
-            network.mean,
-            network.std,
-            network.size,
-        )
-        self.taps, self.method, self.folder = network.taps, network.method, network.folder
-        self.config = configuration.from_dict(network.state["config"], str(network.folder))
-        self.resolutions = configuration.resolutions(self.config)
+        self.model, self.classes, self.mean, self.std, self.size = model.eval(), classes, mean, std, size
+        self.taps, self.method, self.config, self.folder = taps, method, config, folder
+        self.resolutions = [size] if config is None else configuration.resolutions(config)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, 3, r, r)."""
@@ -110,7 +114,9 @@ def load(run: str | Path, which: str = "best") -> Student:
     Raises:
         irkd_dist.errors.UserError: there is none, or it is damaged; the message names the file.
     """
-    return Student(networks.load(Path(run), which))
+    n = networks.load(Path(run), which)
+    config = configuration.from_dict(n.state["config"], str(n.folder))
+    return Student(n.model, n.classes, n.mean, n.std, n.size, n.taps, n.method, config, n.folder)
 
 
 def saliency_maps(
