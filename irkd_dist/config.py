@@ -106,6 +106,7 @@ class Teacher:
     view: Literal["matched", "full"] = "matched"
     # aligned: stage i of n gets the teacher as of (i + 1) / n of its run
     schedule: Literal["final", "aligned"] = "final"
+    averaged: bool = True  # take the moving average of a run's weights where it keeps one (optim.ema)
     # spread its parameters over the processes (FSDP2): for one too large for a device
     shard: Annotated[bool, OPERATIONAL] = False
     # feed it its own mean and std where they differ from the shards'; left out: true for teacher.model
@@ -217,6 +218,15 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Ema:
+    """A moving average of the student's weights and buffers: what is then judged, reported and taught with."""
+
+    decay: Beta = 0.9998  # of each step
+    warmup: bool = True  # at step t (0, 1, ...) at most 1 - (1 + t)^(-2/3), as timm's with use_warmup
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
 class Optim:
     """AdamW and what happens to it at a stage change."""
 
@@ -232,6 +242,7 @@ class Optim:
     policy: Literal["reset", "carry", "rewarm"] = "reset"
     rewarm_steps: Positive = 100  # under rewarm: steps of a linear warm-up at each new stage
     schedule: Schedule = field(default_factory=Schedule)
+    ema: Ema | None = None
     __pydantic_config__ = _strict
 
 

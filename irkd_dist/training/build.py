@@ -102,6 +102,8 @@ def build(config: Config, engine: Engine) -> Parts:
         config, engine, manifest, plan, student, module, optimizer, teacher,
         answers.cached(config, engine, teacher), taps, identity, notes,
     )  # fmt: skip
+    if config.optim.ema is not None:
+        engine.follow()
     if engine.settles and engine.world > 1:
         preflight.settle(parts)
     return parts
@@ -278,7 +280,7 @@ def _teacher_folders(
             folders[i] = checkpoint.find(Path(stage.teacher))[0]
     named = (f"{s.resolution} px: {f}" for s, f in zip(stages, folders, strict=True))
     notes = ["teacher checkpoints by stage: " + ", ".join(named)] if len(set(folders)) > 1 else []
-    return folders, restore.teachers_digest(folders), notes
+    return folders, restore.teachers_digest(folders, config), notes
 
 
 def _no_folders(stages: list[Stage]) -> list[Path | None]:
