@@ -62,6 +62,8 @@ def take(parts: Parts, batches: list[Batch], alpha: float, gamma: float, step: i
             after = _flat(buffers)
     skipped = engine.step()
     _put(buffers, [torch.where(skipped > 0, old, new) for old, new in zip(before, after, strict=True)])
+    if (ema := config.optim.ema) is not None:
+        engine.move_average(optim.ema_decay(ema.decay, ema.warmup, step), skipped)
     return Taken(terms, skipped, mine, sum((b.weight > 0).sum() for b in batches))
 
 
