@@ -186,7 +186,9 @@ def _nothing(batch: Batch) -> Batch:
 
 
 def _rows(batch: Batch, index: Tensor, weight: float | None = None) -> Batch:
-    on = index.to(batch.images.device)
+    device = batch.images.device
+    # from pageable memory the copy would wait for the device
+    on = index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
     return replace(
         batch,
         ids=batch.ids[index.numpy()],
