@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import json
 import os
 import shlex
 import sys
@@ -177,6 +178,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--out", type=Path, help="the page (default: report.html beside what it reports)")
     report.set_defaults(call=_report)
+
+    plan = _command(commands, "plan", "time, memory and disk of a run before it starts, from some real steps")
+    plan.add_argument("config", type=Path, help="configuration")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument(
+        "--gpus", type=_at_least_one, default=1, metavar="N", help="devices a node like this one's"
+    )
+    plan.add_argument("--nodes", type=_at_least_one, default=1, metavar="M")
+    plan.add_argument(
+        "--bandwidth", type=float, default=10.0, metavar="GB/s", help="of the slowest link (default: 10)"
+    )
+    plan.add_argument("--json", action="store_true")
+    plan.set_defaults(call=_plan)
 
     export = _command(
         commands, "export", "a student as a folder for timm, ONNX, torch and the Hugging Face Hub"
@@ -402,6 +416,30 @@ def _report(arguments: argparse.Namespace) -> int:
         from irkd_dist import report
 
     print(report.write(arguments.runs, arguments.out))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    with _imports():
+        from irkd_dist import config as configuration
+        from irkd_dist import plan
+        from irkd_dist.training import tracking
+
+    if not arguments.bandwidth > 0:
+        raise UserError(f"--bandwidth {arguments.bandwidth}: give GB/s above 0")
+    model = plan.Model(arguments.gpus * arguments.nodes, bandwidth=1e9 * arguments.bandwidth)
+    forecast = plan.plan(configuration.load(arguments.config, arguments.overrides), model)
+    if arguments.json:
+        print(json.dumps(plan.to_dict(forecast)))
+        return 0
+    console = tracking.console()
+    for item in plan.show(forecast):
+        console.print(item, markup=False) if isinstance(item, str) else console.print(item)
+    if model.gpus > 1:
+        console.print(
+            f"of {model.gpus} devices: the batch divided at {model.efficiency:.0%} efficiency, gradients summed in a ring "
+            f"at {arguments.bandwidth:g} GB/s, half of it behind the backward", markup=False
+        )  # fmt: skip
     return 0
 
 

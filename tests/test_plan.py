@@ -1,0 +1,65 @@
+"""`irkd plan`: what a run will take, from some of its own steps; nothing is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from irkd_dist import config as configuration
+from irkd_dist import plan
+from irkd_dist.eventlog import read_events
+from tests.training.launch import irkd
+
+
+@pytest.fixture
+def file(shapes: Path, tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(
+        f"data: {{shards: {shapes}, batch: 32}}\nstudent: {{options: {{embed_dim: 32, depth: 2, num_heads: 2}}}}\n"
+        f"curriculum: {{stages: [{{resolution: 8}}, {{resolution: 16, epochs: 3}}], epochs: 2}}\n"
+        f"out: {tmp_path / 'o'}\ntrack: {{panels: 0}}\n"
+    )
+    return tmp_path / "run.yaml"
+
+
+def test_the_forecast_counts_what_the_run_will_do(file: Path) -> None:
+    """Steps, batches and checkpoints as they come; time to an order of magnitude (benchmarks/plan.py measures it)."""
+    forecast = plan.plan(configuration.load(file))
+    assert not (file.parent / "o").exists()
+    irkd("train", str(file))
+    run = file.parent / "o" / "run-seed0"
+    events = read_events(run)
+    entered = [e for e in events if e["event"] == "stage"]
+    assert [s.steps for s in forecast.stages] == [e["epochs"] * e["steps_per_epoch"] for e in entered]
+    assert [(s.resolution, s.batch) for s in forecast.stages] == [
+        (e["resolution"], e["batch"]) for e in entered
+    ]
+    written = sum(f.stat().st_size for f in (run / "checkpoints").rglob("*.safetensors"))
+    written += sum(f.stat().st_size for f in (run / "best").rglob("*.safetensors"))
+    assert written == pytest.approx(forecast.checkpoints_mib * 2**20, rel=0.25)
+    (summary,) = [e for e in events if e["event"] == "summary"]
+    assert forecast.seconds / 10 < summary["seconds"] < 10 * forecast.seconds
+    assert forecast.peak_mib > 100
+
+
+def test_more_devices_are_the_stated_model() -> None:
+    model = plan.Model(gpus=8, bandwidth=1e9, latency=0.0, efficiency=1.0, overlap=0.0)
+    assert model.seconds(0.8, 4e6) == pytest.approx(0.1 + 2 * 7 / 8 * 4e-3)
+    assert plan.Model(gpus=1).seconds(0.8, 4e6) == 0.8
+
+
+def test_the_command(file: Path) -> None:
+    told = json.loads(
+        irkd("plan", str(file), "--gpus", "4", "--nodes", "2", "--json").stdout.splitlines()[-1]
+    )
+    assert told["gpus"] == 8
+    assert [s["resolution"] for s in told["stages"]] == [8, 16]
+    shown = irkd("plan", str(file)).stdout
+    assert "in all at most" in shown
+    assert "checkpoints" in shown
+    done = irkd("plan", str(file), "teacher={run: nothing}", "loss.kd.alpha=1", check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "nothing is neither a run folder" in done.stderr
+    assert "give GB/s above 0" in irkd("plan", str(file), "--bandwidth", "0", check=False).stderr
