@@ -124,7 +124,7 @@ def train_loader(parts: Parts, stage: StagePlan, carried: Share) -> Loader:
     """The training loader of a stage for what a process carries of each batch."""
     config, engine, manifest, data = parts.config, parts.engine, parts.manifest, parts.config.data
     micro_batches = carried.parts * config.optim.accumulate
-    full = max(manifest.resolutions) if full_view(config) else None
+    full = manifest.largest if full_view(config) else None
     augment = configuration.stage_augment(config, configuration.stages(config)[stage.number])
     return Loader(
         Dataset(Path(data.shards), manifest, "train", data.subset, verify="size"),
@@ -138,7 +138,7 @@ def evaluation_loader(
     config: Config, manifest: shards.Manifest, engine: Engine, split: str, resolution: int, full: bool = False
 ) -> Loader:
     """A loader for measuring: in order, normalised only. `full`: at the teacher's full resolution."""
-    size = max(manifest.resolutions) if full else resolution
+    size = manifest.largest if full else resolution
     count = config.data.val_subset if split == held_out(manifest) and split != "test" else None
     subset = min(count, manifest.splits[split]) if count is not None else None
     return Loader(
@@ -175,7 +175,8 @@ def data_digest(manifest: shards.Manifest) -> str:
         size: {split: [asdict(s) for s in files] for split, files in splits.items()}
         for size, splits in manifest.shards.items()
     }
-    return digest([manifest.classes, manifest.splits, manifest.mode, files])
+    cropped = [manifest.crop_pct] if manifest.crop_pct < 1 else []
+    return digest([manifest.classes, manifest.splits, manifest.mode, files, *cropped])
 
 
 def digest(values: Any) -> str:
