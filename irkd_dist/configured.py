@@ -37,7 +37,7 @@ def create_student(
         "image_size": spec.image_size or configuration.resolutions(config)[-1],
         "distilled": configuration.student_distilled(config),
         "dropout": spec.dropout,
-        "drop_path": spec.drop_path,
+        "drop_path": configuration.drop_path(config),
         "options": {**named.options, **spec.options},
     }
     model, notes = _create(spec, "student", named, arguments)

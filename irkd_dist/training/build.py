@@ -17,7 +17,7 @@ from irkd_dist import config as configuration
 from irkd_dist.config import Config, Stage
 from irkd_dist.data import shards
 from irkd_dist.data.decoded import Dataset, Work
-from irkd_dist.data.loader import EVALUATION_BATCH, Loader
+from irkd_dist.data.loader import Loader
 from irkd_dist.data.sampler import Share
 from irkd_dist.data.views import View
 from irkd_dist.distill import methods, models
@@ -73,9 +73,11 @@ def build(config: Config, engine: Engine) -> Parts:
     preflight.check_fraction(config, student)
     preflight.check_forward(config, manifest, stages, student, taps, teacher)
 
+    if config.optim.checkpoint_blocks:
+        models.checkpoint_blocks(student)
     distiller = Distiller(student, _objective(config, taps), engine.autocast)
     _compile(config, engine, distiller, teacher, notes)
-    groups = optim.parameter_groups(student, config.optim.weight_decay)
+    groups = optim.parameter_groups(student, config.optim.weight_decay, config.optim.layer_decay)
     # fused: one pass over each tensor, the same arithmetic on every device, and it can leave an update out there
     optimizer = torch.optim.AdamW(
         groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
@@ -144,7 +146,7 @@ def evaluation_loader(
     return Loader(
         Dataset(Path(config.data.shards), manifest, split, subset, verify="size"),
         View(size, centre_crop=config.data.centre_crop),
-        batch=EVALUATION_BATCH * engine.world, seed=config.seed, share=Share(engine.world, (engine.rank,)),
+        batch=config.data.eval_batch * engine.world, seed=config.seed, share=Share(engine.world, (engine.rank,)),
         work=_work(config, engine),
     )  # fmt: skip
 
