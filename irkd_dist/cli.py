@@ -178,6 +178,30 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, help="the page (default: report.html beside what it reports)")
     report.set_defaults(call=_report)
 
+    export = _command(
+        commands, "export", "a student as a folder for timm, ONNX, torch and the Hugging Face Hub"
+    )
+    export.add_argument("run", type=Path, help="run folder or checkpoint folder")
+    export.add_argument("--out", type=Path, required=True, help="folder to write")
+    export.add_argument("--to", default="all", metavar="timm,onnx,torch,int8|all", help="default: all")
+    export.add_argument("--checkpoint", choices=["best", "last"], default="best")
+    export.add_argument("--data", help="shards to compare on, if they are not where the run found them")
+    export.add_argument("--licence", default="other", help="for the model card, such as apache-2.0")
+    export.add_argument("--push", metavar="ORG/NAME", help="upload it to the Hugging Face Hub too")
+    export.set_defaults(call=_export)
+
+    predict = _command(commands, "predict", "classes of pictures, by a run or an export")
+    predict.add_argument("model", type=Path, help="run folder, checkpoint folder or export")
+    predict.add_argument("pictures", type=Path, nargs="+", help="files, or folders of them")
+    predict.add_argument("--top", type=_at_least_one, default=1, help="classes to name, the likeliest first")
+    form = predict.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="a JSON object a line")
+    form.add_argument("--csv", action="store_true")
+    predict.add_argument(
+        "--overlay", type=Path, metavar="FOLDER", help="write each picture beside its saliency"
+    )
+    predict.set_defaults(call=_predict)
+
     study = _command(commands, "study", "several experiments over several seeds, and their table")
     study.add_argument("study", type=Path, help="YAML file, e.g. configs/cifar10/cpu/study.yaml")
     _study_options(study)
@@ -368,14 +392,14 @@ def _cache(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     with _imports():
-        from irkd_dist import evaluate
+        from irkd_dist import evaluation
 
     sizes = arguments.resolutions and list(render_arguments.numbers(arguments.resolutions, "--resolutions"))
-    result = evaluate.evaluate(
+    result = evaluation.evaluate(
         arguments.run, which=arguments.which, split=arguments.split, resolutions=sizes, data=arguments.data,
         raw=arguments.raw,
     )  # fmt: skip
-    evaluate.show(result)
+    evaluation.show(result)
     return 0
 
 
@@ -385,6 +409,54 @@ def _report(arguments: argparse.Namespace) -> int:
 
     print(report.write(arguments.runs, arguments.out))
     return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    with _imports():
+        from irkd_dist import export
+
+    formats = export.FORMATS if arguments.to == "all" else arguments.to.split(",")
+    told = export.export(
+        arguments.run,
+        arguments.out,
+        formats,
+        which=arguments.checkpoint,
+        data=arguments.data,
+        licence=arguments.licence,
+    )
+    print(f"{arguments.out}: compared with the student on {told['images']}")
+    for name, found in told["differences"].items():
+        print(f"  {name}: largest difference of logits {max(found.values()):.1e} at {', '.join(found)} px")
+    if (int8 := told.get("int8")) is not None:
+        accuracy = (
+            f"accuracy {int8['accuracy_before']:.2%} -> {int8['accuracy']:.2%}, "
+            if "accuracy" in int8
+            else ""
+        )
+        print(f"  int8: {accuracy}same class on {int8['agreement']:.2%} of {int8['images']} images")
+    if arguments.push:
+        print(export.push(arguments.out, arguments.push))
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from irkd_dist import predict
+
+    found, left_out = predict.find(arguments.pictures)
+    if not found:
+        raise UserError(f"no pictures: {'; '.join(left_out) or 'nothing was named'}")
+    model = predict.open_model(arguments.model, overlay=arguments.overlay is not None)
+    answers = [*predict.predict(model, found, arguments.top, arguments.overlay)]
+    unread = [a for a in answers if isinstance(a, str)]
+    read = [a for a in answers if not isinstance(a, str)]
+    form = predict.as_json if arguments.json else predict.as_csv if arguments.csv else predict.table
+    print(form(read))
+    for line in [*left_out, *unread]:
+        say(f"irkd: {line}")
+    missing = [line for line in left_out if "no such file" in line]
+    if unread or missing:
+        say(f"irkd: {len(unread) + len(missing)} of {len(found) + len(missing)} pictures could not be read")
+    return 1 if unread or missing else 0
 
 
 def _study(arguments: argparse.Namespace) -> int:

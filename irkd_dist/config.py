@@ -5,8 +5,10 @@ Keys are semantic (they change the numbers) or, where `OPERATIONAL` stands at th
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -326,13 +328,26 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
             names the key, its value and what would be right.
     """
     file = find(path)
-    tree = reading.mapping(file)
+    return from_values(reading.mapping(file), overrides, str(file), file.stem)
+
+
+def from_values(
+    values: Mapping[str, Any],
+    overrides: Sequence[str] | None = None,
+    source: str = "config",
+    stem: str = "run",
+) -> Config:
+    """A configuration from plain values, as `load` makes it from those of a file.
+
+    source: what to call it in messages; stem: begins the run's name, where none is given.
+    """
+    tree = copy.deepcopy(dict(values))
     given = [reading.apply(tree, text, Config) for text in overrides or []]
-    where = reading.Origin(str(file), tuple(given))
+    where = reading.Origin(source, tuple(given))
     values, references = reading.resolved(tree, Config, where)
     reading.expand_home(values, Config, where)
     if values.get("name") is None:
-        values["name"] = _run_name(file, values.get("seed", 0))
+        values["name"] = _run_name(stem, values.get("seed", 0))
     config = from_dict(values, where)
     _check_name(config.name, where)
     return replace(config, references=references)
@@ -633,6 +648,6 @@ def _check_name(name: str | None, where: reading.Origin) -> None:
         )
 
 
-def _run_name(file: Path, seed: object) -> str:
+def _run_name(stem: str, seed: object) -> str:
     sweep = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
-    return f"{file.stem}-seed{seed}" + (f"-{sweep}" if sweep else "")
+    return f"{stem}-seed{seed}" + (f"-{sweep}" if sweep else "")

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from irkd_dist import config as configuration
-from irkd_dist import evaluate, report
+from irkd_dist import evaluation, report
 from irkd_dist.data import render
 from irkd_dist.data.sources import open_source
 from irkd_dist.training import tracking
@@ -39,8 +39,8 @@ def demo(out: Path) -> None:
     baseline = train(configuration.load("configs/demo/baseline.yaml", common), owns_process=True)
 
     console.print("5. Measuring and reporting", style="bold")
-    result = evaluate.evaluate(Path(student["run"]))
-    evaluate.show(result)
+    result = evaluation.evaluate(Path(student["run"]))
+    evaluation.show(result)
     page = report.write([Path(student["run"])], None)
     gain = 100 * (student["test_accuracy"] - baseline["test_accuracy"])
     size = str(max(RESOLUTIONS))

@@ -15,6 +15,7 @@ import numpy as np
 from irkd_dist import runfolder, study_page, verify_runs
 from irkd_dist.data import shards as format
 from irkd_dist.data.index import Index
+from irkd_dist.distill import cache_admin, cache_files
 from irkd_dist.errors import UserError
 
 Progress = Callable[[int, int], None]
@@ -30,6 +31,12 @@ def verify(path: Path, progress: Progress = lambda done, total: None) -> Iterato
     """
     if (path / format.MANIFEST).exists() or (path / format.PARTS).is_dir():
         return shards(path, progress)
+    if (path / "export.json").exists():
+        from irkd_dist import export
+
+        return iter(export.problems(path))
+    if (path / cache_files.CACHE).exists():
+        return iter(cache_admin.verify(path))
     if (path / runfolder.STATE).exists():
         return iter(verify_runs.checkpoint_folder(path))
     if (path / runfolder.CONFIG).exists() or (path / runfolder.EVENTS).exists():
@@ -41,10 +48,9 @@ def verify(path: Path, progress: Progress = lambda done, total: None) -> Iterato
     )
     if pages:
         return study_pages(pages)
-    # here: caches and exports, each with a function of its own
     raise UserError(
         f"{path} is no folder of irkd shards ({format.MANIFEST} in it), no run folder ({runfolder.CONFIG}), no "
-        f"checkpoint ({runfolder.STATE}) and has no page of a study (.md with .json beside it)"
+        f"checkpoint ({runfolder.STATE}), cache or export, and has no page of a study (.md and .json)"
     )
 
 

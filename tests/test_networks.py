@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from irkd_dist import checkpoint, evaluate, eventlog, networks, report, runfolder, verify_runs
+from irkd_dist import checkpoint, evaluation, eventlog, networks, report, runfolder, verify_runs
 from irkd_dist import config as configuration
 from irkd_dist.data import shards
 from irkd_dist.errors import UserError
@@ -81,12 +81,12 @@ def test_taps_of_an_earlier_release_are_resolved_as_its_training_did(runs: Path)
 
 
 def test_a_student_is_measured_without_its_teacher(runs: Path) -> None:
-    whole = evaluate.evaluate(runs / "student", resolutions=[16])
+    whole = evaluation.evaluate(runs / "student", resolutions=[16])
     assert set(whole["agreement"]) == {"16"}
     assert whole["notes"] == []
     assert set(whole["images_per_s"]["16"]) == {"student", "teacher"}
     shutil.rmtree(runs / "teacher")
-    alone = evaluate.evaluate(runs / "student", resolutions=[16])
+    alone = evaluation.evaluate(runs / "student", resolutions=[16])
     assert alone["accuracy"] == whole["accuracy"]
     assert alone["pointing"] == whole["pointing"]
     assert alone["agreement"] == {}
@@ -98,7 +98,7 @@ def test_one_result_does_not_replace_another(runs: Path) -> None:
     run = runs / "student"
     for split, which, sizes in (("test", "best", [16]), ("val", "best", [16]), ("test", "last", [16]),
                                 ("test", "best", [16, 8])):  # fmt: skip
-        evaluate.evaluate(run, which=which, split=split, resolutions=sizes)
+        evaluation.evaluate(run, which=which, split=split, resolutions=sizes)
     names = {"test-16-best.json", "val-16-best.json", "test-16-last.json", "test-8-16-best.json"}
     assert {f.name for f in (run / "evaluation").iterdir()} == names
     (run / "evaluation.json").write_text(json.dumps({"split": "val", "accuracy": {"8": 0.25}}))
@@ -116,7 +116,7 @@ def test_other_classes_are_refused(runs: Path, shapes: Path, tmp_path: Path) -> 
     manifest["classes"] = manifest["classes"][::-1]
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="its class 0 is"):
-        evaluate.evaluate(runs / "student", data=str(other))
+        evaluation.evaluate(runs / "student", data=str(other))
 
 
 def test_a_best_that_is_gone_is_said(runs: Path) -> None:
@@ -195,16 +195,16 @@ def test_any_flipped_bit_of_a_small_file_is_found(runs: Path) -> None:
     run = runs / "student"
     runfolder.write_status(run, "stopped", 123, 2, "all is well")
     requeue.decide(run, limit=3)
-    evaluate.evaluate(run, resolutions=[16])
+    evaluation.evaluate(run, resolutions=[16])
     (run / "samples").mkdir()
     with SampleLog(run, 0, 12345.5, 7, True) as log:
         log.write(7, [1, 22, 333])
     assert verify_runs.run(run) == []
-    (evaluation,) = (run / "evaluation").iterdir()
+    (measured,) = (run / "evaluation").iterdir()
     readers: dict[Path, Callable[[Path], object]] = {
         run / "status.json": lambda file: runfolder.read_status(run)[1],
         run / "restarts.json": lambda file: runfolder.read_restarts(run)[1],
-        evaluation: lambda file: _refused(reading.read_evaluation, file),
+        measured: lambda file: _refused(reading.read_evaluation, file),
         run / "samples" / "rank-00000.jsonl": lambda file: any(
             eventlog.parse_samples(line) is None for line in file.read_bytes().splitlines() if line.strip()
         ),

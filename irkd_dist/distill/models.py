@@ -28,28 +28,17 @@ ANY_SIZE: dict[str, dict[str, Any]] = {
 }
 
 
-def create_model(
+def timm_arguments(
     name: str,
-    *,
     classes: int,
     patch: int | None = None,
     image_size: int | None = None,
     distilled: bool | None = False,
     dropout: float = 0.0,
     drop_path: float = 0.0,
-    pretrained: bool = False,
     options: dict[str, Any] | None = None,
-) -> nn.Module:
-    """Create a student or teacher: one of the paper's models or any timm model by name.
-
-    A ViT (DeiT, EVA-02, Swin) takes any image size: its position embeddings, made for `image_size`, are interpolated
-    to each stage's resolution. Other transformers are made for `image_size` alone. `distilled` adds DeiT's
-    distillation token and head (Touvron et al. 2021); None: as timm's name says.
-    `dropout` acts on projections and position embeddings, `options` go to timm as they are.
-
-    Raises:
-        UserError: no such model, or timm refuses the arguments.
-    """
+) -> tuple[str, dict[str, Any]]:
+    """timm's name of a model, and what `timm.create_model` is given beside it; as `create_model`."""
     arguments: dict[str, Any] = {"num_classes": classes}
     if name in PAPER_MODELS:
         plain, with_token, overrides = PAPER_MODELS[name]
@@ -80,6 +69,34 @@ def create_model(
     if drop_path:
         arguments["drop_path_rate"] = drop_path
     arguments |= options or {}
+    return architecture, arguments
+
+
+def create_model(
+    name: str,
+    *,
+    classes: int,
+    patch: int | None = None,
+    image_size: int | None = None,
+    distilled: bool | None = False,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+    pretrained: bool = False,
+    options: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Create a student or teacher: one of the paper's models or any timm model by name.
+
+    A ViT (DeiT, EVA-02, Swin) takes any image size: its position embeddings, made for `image_size`, are interpolated
+    to each stage's resolution. Other transformers are made for `image_size` alone. `distilled` adds DeiT's
+    distillation token and head (Touvron et al. 2021); None: as timm's name says.
+    `dropout` acts on projections and position embeddings, `options` go to timm as they are.
+
+    Raises:
+        UserError: no such model, or timm refuses the arguments.
+    """
+    architecture, arguments = timm_arguments(
+        name, classes, patch, image_size, distilled, dropout, drop_path, options
+    )
     try:
         model = timm.create_model(architecture, pretrained=pretrained, **arguments)
     except (

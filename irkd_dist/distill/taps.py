@@ -44,7 +44,7 @@ def tap_pairs(
     """
     if isinstance(spec, str) and spec != "all":
         raise UserError(f"saliency.taps={spec!r}: give a list such as [first, second, last], or all")
-    items = list(range(_depth(student, "all", "student"))) if spec == "all" else list(spec)
+    items = list(range(depth(student, "all", "student"))) if spec == "all" else list(spec)
     pairs = []
     for item in items:
         if isinstance(item, list):
@@ -52,9 +52,9 @@ def tap_pairs(
                 raise UserError(f"saliency.taps: {item} is not a pair [student tap, teacher tap]")
             first, second = item
         elif isinstance(item, int):
-            depth, teacher_depth = _depth(student, item, "student"), _depth(teacher, item, "teacher")
-            first, second = item, round(item * (teacher_depth - 1) / max(depth - 1, 1))
-            if spec == "all" and item == depth - 1:
+            blocks, teacher_blocks = depth(student, item, "student"), depth(teacher, item, "teacher")
+            first, second = item, round(item * (teacher_blocks - 1) / max(blocks - 1, 1))
+            if spec == "all" and item == blocks - 1:
                 first, second = "last", "last"
         else:
             first = second = item
@@ -76,13 +76,13 @@ def resolve_tap(model: nn.Module, name: int | str, method: str, role: str, stric
     """
     text = str(name)
     if text in ("first", "second", "last") or re.fullmatch(r"\d+(\.norm1)?", text):
-        depth = _depth(model, name, role)
+        blocks = depth(model, name, role)
         number, _, point = text.partition(".")
-        block = {"first": 0, "second": 1, "last": depth - 1}.get(number)
+        block = {"first": 0, "second": 1, "last": blocks - 1}.get(number)
         if block is None:
             block = int(number)
-        if block >= depth:
-            raise UserError(f"saliency.taps: {name!r}: the {role} has blocks 0 to {depth - 1}")
+        if block >= blocks:
+            raise UserError(f"saliency.taps: {name!r}: the {role} has blocks 0 to {blocks - 1}")
         how = methods.load(method)
         if not how.INNER_GRADIENT:
             path = f"blocks.{block}{how.BLOCK_TAP}"
@@ -103,7 +103,8 @@ def resolve_tap(model: nn.Module, name: int | str, method: str, role: str, stric
     return Tap(path, void=_is_void(model, path, method))
 
 
-def _depth(model: nn.Module, name: object, role: str) -> int:
+def depth(model: nn.Module, name: object, role: str) -> int:
+    """Number of a transformer's blocks; `name`, the tap that asks, and `role` go into the error where it has none."""
     blocks = getattr(model, "blocks", None)
     if blocks is None:
         names = ", ".join(n for n, _ in model.named_children())

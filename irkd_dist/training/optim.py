@@ -6,7 +6,7 @@ import math
 from typing import Any, Literal
 
 import torch
-from timm.optim import param_groups_layer_decay
+from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 
 from irkd_dist.errors import UserError

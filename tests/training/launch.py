@@ -18,7 +18,7 @@ from irkd_dist.eventlog import read_events
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["irkd_dist.training.train", "irkd_dist.evaluate", "deepspeed"])
+_SERVER.set_forkserver_preload(["irkd_dist.training.train", "irkd_dist.evaluation", "deepspeed"])
 
 STUDENT = {
     "name": "custom",

@@ -2,11 +2,12 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from timm.layers.drop import DropPath
-from timm.optim import param_groups_layer_decay
+from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
 
 from irkd_dist import checkpoint
@@ -18,7 +19,7 @@ from irkd_dist.training import optim
 from tests.training.launch import irkd, losses
 
 
-def vit(**options: float) -> nn.Module:
+def vit(**options: Any) -> nn.Module:
     torch.manual_seed(0)
     return models.create_model(
         "custom",

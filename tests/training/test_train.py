@@ -9,7 +9,7 @@ import torch
 import webdataset as wds
 from torch.nn import functional as F
 
-from irkd_dist import checkpoint, configured, evaluate, networks, typed
+from irkd_dist import checkpoint, configured, evaluation, networks, typed
 from irkd_dist import config as configuration
 from irkd_dist.data import sampler
 from irkd_dist.errors import UserError
@@ -262,7 +262,7 @@ def test_fixed_resolution_and_a_student_alone(shapes: Path, tmp_path: Path) -> N
     folder, events = run(file)
     assert "kd" not in of(events, "train")[0]
     assert not of(events, "transition")
-    result = evaluate.evaluate(folder)
+    result = evaluation.evaluate(folder)
     assert set(result["accuracy"]) == {"8", "12", "16"}
     assert not result["agreement"]
     assert set(result["pointing"]) == {"8", "12", "16"}
@@ -282,24 +282,24 @@ def test_crop_mode(tmp_path: Path) -> None:
     )
     folder, events = run(file)
     assert [e["resolution"] for e in of(events, "stage")] == [8, 12]
-    assert set(evaluate.evaluate(folder)["accuracy"]) == {"8", "12"}
+    assert set(evaluation.evaluate(folder)["accuracy"]) == {"8", "12"}
 
 
 def test_evaluate_agrees_with_the_run_and_measures_agreement(student_yaml: Path) -> None:
     folder, events = run(student_yaml)
-    result = evaluate.evaluate(folder)
+    result = evaluation.evaluate(folder)
     assert result["accuracy"]["16"] == pytest.approx(of(events, "summary")[0]["test_accuracy"])
     assert 0 <= result["agreement"]["16"]["mse"] < 1
     assert -1 <= result["agreement"]["16"]["correlation"] <= 1
     kept = folder / "evaluation" / "test-8-12-16-best.json"
     assert typed.parse_checked(kept.read_bytes()) == result
-    evaluate.evaluate(folder, split="val", resolutions=[16])
+    evaluation.evaluate(folder, split="val", resolutions=[16])
     assert typed.parse_checked(kept.read_bytes()) == result
     assert (kept.parent / "val-16-best.json").is_file()
-    bare = evaluate.evaluate(checkpoint.find(folder, "last")[0], resolutions=[12])
+    bare = evaluation.evaluate(checkpoint.find(folder, "last")[0], resolutions=[12])
     assert set(bare["accuracy"]) == {"12"}
     with pytest.raises(UserError, match="was rendered at 8, 12, 16 px"):
-        evaluate.evaluate(folder, resolutions=[20])
+        evaluation.evaluate(folder, resolutions=[20])
 
 
 def test_wandb_offline_and_tensorboard(student_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,12 +391,12 @@ def test_a_full_view_reaches_panels_and_agreement(shapes: Path, student_yaml: Pa
         "student: {patch: 8, options: {embed_dim: 32, depth: 3, num_heads: 2}}\n"
     )
     teacher, _ = run(file, name="coarse")
-    assert set(evaluate.evaluate(teacher)["accuracy"]) == {"8", "16"}  # 12 is no multiple of 8
+    assert set(evaluation.evaluate(teacher)["accuracy"]) == {"8", "16"}  # 12 is no multiple of 8
     with pytest.raises(UserError, match="12 is not a multiple of patch size 8"):
-        evaluate.evaluate(teacher, resolutions=[12])
+        evaluation.evaluate(teacher, resolutions=[12])
     folder, _ = run(student_yaml, f"teacher.run={teacher}", "teacher.view=full", "curriculum.epochs=1")
     assert panels.load(folder)[0][0][2]["teacher"].shape == (2, 2, 2)
-    assert set(evaluate.evaluate(folder)["agreement"]) == {"8", "12", "16"}
+    assert set(evaluation.evaluate(folder)["agreement"]) == {"8", "12", "16"}
 
 
 @pytest.mark.parametrize(
@@ -523,7 +523,7 @@ def test_decisions_are_events_with_all_they_decide(student_yaml: Path) -> None:
 
 def test_evaluate_measures_the_whole_split_whatever_stages_were_judged_by(student_yaml: Path) -> None:
     folder, _ = run(student_yaml, "data.val_subset=5", "curriculum.epochs=1")
-    assert evaluate.evaluate(folder, split="val")["samples"] == 13
+    assert evaluation.evaluate(folder, split="val")["samples"] == 13
 
 
 def test_taps_without_a_map_are_named_and_refused_where_no_stage_has_any(student_yaml: Path) -> None:
