@@ -71,6 +71,7 @@ def build(config: Config, engine: Engine) -> Parts:
     if engine.name == "ddp":  # the others take contiguous parameters only
         models.channels_last(student)
     preflight.check_fraction(config, student)
+    preflight.check_layers(config, student)
     preflight.check_forward(config, manifest, stages, student, taps, teacher)
 
     if config.optim.checkpoint_blocks:

@@ -9,8 +9,6 @@ import torch
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 
-from irkd_dist.errors import UserError
-
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, layer_decay: float | None = None
@@ -18,9 +16,6 @@ def parameter_groups(
     """Two groups: weights with decay; biases, norms, tokens and position embeddings without.
 
     With `layer_decay` two for each of timm's layers, whose `lr_scale` is layer_decay^(layers above it).
-
-    Raises:
-        UserError: the model says nothing of its layers.
     """
     exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     decay, no_decay = [], []
@@ -32,10 +27,6 @@ def parameter_groups(
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     if layer_decay is None:
         return groups
-    if not hasattr(model, "group_matcher"):
-        raise UserError(
-            f"optim.layer_decay={layer_decay}: {type(model).__name__} does not say which layers it has; leave it out"
-        )
     layers = param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay)
     scales = {id(p): layer["lr_scale"] for layer in layers for p in layer["params"]}
     split = []

@@ -91,6 +91,15 @@ def check_fraction(config: Config, student: nn.Module) -> None:
         )
 
 
+def check_layers(config: Config, student: nn.Module) -> None:
+    """Refuse rates by layer for a student that does not say which layers it has."""
+    if config.optim.layer_decay is not None and not hasattr(student, "group_matcher"):
+        raise UserError(
+            f"optim.layer_decay={config.optim.layer_decay}: {type(student).__name__} does not say which layers it has; "
+            "leave it out"
+        )
+
+
 def check_forward(
     config: Config, manifest: shards.Manifest, stages: list[Stage], student: nn.Module, taps: list[str],
     teacher: Teacher | None,

@@ -11,11 +11,12 @@ from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
 
 from irkd_dist import checkpoint
+from irkd_dist import config as configuration
 from irkd_dist.distill import models
 from irkd_dist.distill.module import Distiller, Objective, Targets
 from irkd_dist.errors import UserError
 from irkd_dist.eventlog import read_events
-from irkd_dist.training import optim
+from irkd_dist.training import optim, preflight
 from tests.training.launch import irkd, losses
 
 
@@ -42,8 +43,15 @@ def test_layer_decay_is_timms() -> None:
     assert ours == {key: pytest.approx(0.5 * scale) for key, scale in theirs.items()}
     decayed = {id(p) for g in optim.parameter_groups(model, 0.1) for p in g["params"] if g["weight_decay"]}
     assert {id(p) for g in optimizer.param_groups for p in g["params"] if g["weight_decay"]} == decayed
+
+
+def test_layer_decay_needs_a_model_that_knows_its_layers() -> None:
+    config = configuration.from_dict(
+        {"fixed": {"resolution": 12, "epochs": 1}, "optim": {"layer_decay": 0.7}}, "test"
+    )
+    preflight.check_layers(config, vit())
     with pytest.raises(UserError, match=r"layer_decay=0\.7: Linear does not say"):
-        optim.parameter_groups(nn.Linear(2, 2), 0.1, 0.7)
+        preflight.check_layers(config, nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("method", ["gradient", "grad_cam", "hirescam", "attention"])
