@@ -279,11 +279,12 @@ def _render_source(arguments: argparse.Namespace) -> int:
         from irkd_dist.data.sources import naming, open_source
         from irkd_dist.training.tracking import count_bar
 
-    resolutions = render_arguments.numbers(arguments.resolutions, "--resolutions")
+    given = arguments.resolutions or str(arguments.size)
+    resolutions = render_arguments.numbers(given, "--resolutions")
     options = render.Options(
         resolutions, arguments.mode, arguments.encoding, arguments.samples_per_shard, arguments.val_fraction,
         arguments.seed, arguments.limit, arguments.dataset, arguments.workers, arguments.max_bad, arguments.fit,
-        arguments.white,
+        arguments.crop_pct, arguments.white,
     )  # fmt: skip
     render.check(options)
     source = open_source(
@@ -301,7 +302,12 @@ def _render_source(arguments: argparse.Namespace) -> int:
         splits = ", ".join(f"{count} {split}" for split, count in manifest.splits.items())
         sizes = ", ".join(map(str, manifest.resolutions))
         out, count = printable(str(arguments.out)), len(manifest.classes)
-        print(f"{out}: {count} classes, {splits}, at {sizes} px; see {preview.PREVIEW}")
+        cropped = (
+            f" (seen up to {manifest.largest} px, crop_pct {manifest.crop_pct:g})"
+            if manifest.crop_pct < 1
+            else ""
+        )
+        print(f"{out}: {count} classes, {splits}, at {sizes} px{cropped}; see {preview.PREVIEW}")
     return 0
 
 

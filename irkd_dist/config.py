@@ -51,6 +51,8 @@ class Data:
     # steps of the run whose batches are not trained on
     leave_out: Annotated[list[NonNegative], OPERATIONAL] = field(default_factory=list)
     centre_crop: bool = False  # crop-mode shards: evaluate on a centre crop instead of a resize
+    # samples of a process that are measured at once
+    eval_batch: Annotated[int, Field(gt=0, le=2**16), OPERATIONAL] = 256
     # decoded images kept after the first epoch
     cache: Annotated[Literal["none", "ram", "device"], OPERATIONAL] = "ram"
     workers: Annotated[int, Field(gt=0, le=1024), OPERATIONAL] = 2  # decoding threads
@@ -178,6 +180,7 @@ class Stage(Ends):
     # each step is at one of these or at `resolution`, drawn evenly; one that is named twice comes twice as often
     multiscale: list[Side] = field(default_factory=list)
     lr: PositiveFloat | None = None  # peak; null: optim.lr, scaled with the batch
+    drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None  # null: student.drop_path
     augment: dict[str, Any] = field(default_factory=dict)  # keys of `augment` that are other in this stage
     # checkpoint folder for this stage; null: the teacher's schedule
     teacher: Annotated[str | None, PATH] = None
@@ -246,6 +249,10 @@ class Optim:
     rewarm_steps: Positive = 100  # under rewarm: steps of a linear warm-up at each new stage
     schedule: Schedule = field(default_factory=Schedule)
     ema: Ema | None = None
+    # rate of a layer n below the head: times this to the power of n (timm's layer groups); null: the same for all
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    # keep no activations within a block, compute them again: less memory, a forward more
+    checkpoint_blocks: Annotated[bool, OPERATIONAL] = False
     __pydantic_config__ = _strict
 
 
@@ -422,6 +429,13 @@ def stage_augment(config: Config, stage: Stage) -> Augment:
     return _AUGMENT.validate_json(json.dumps({**asdict(config.augment), **stage.augment}), strict=True)
 
 
+def drop_path(config: Config, stage: Stage | None = None) -> float:
+    """Rate of drop path in a stage, or the largest of all: what the student is made with."""
+    if stage is None:
+        return max(drop_path(config, s) for s in stages(config))
+    return config.student.drop_path if stage.drop_path is None else stage.drop_path
+
+
 def semantic_keys(tree: Any, prefix: str = "") -> dict[str, Any]:
     """The keys of a tree of plain values that change the numbers, as `a.b: value`."""
     if isinstance(tree, dict) and tree:
@@ -497,6 +511,8 @@ def check(config: Config) -> None:
             "student.distilled=true with loss.kd.alpha=0: nothing teaches the distillation token; use auto"
         )
     _check_augment(config)
+    if config.optim.checkpoint_blocks and config.compile is not False:
+        raise UserError("optim.checkpoint_blocks=true with compile: one of them at a time; set compile=false")
     if config.engine != "auto":
         check_engine(config, config.engine)
     for i, stage in enumerate(stages(config)):

@@ -37,7 +37,7 @@ def create_student(
         "image_size": spec.image_size or configuration.resolutions(config)[-1],
         "distilled": configuration.student_distilled(config),
         "dropout": spec.dropout,
-        "drop_path": spec.drop_path,
+        "drop_path": configuration.drop_path(config),
         "options": {**named.options, **spec.options},
     }
     model, notes = _create(spec, "student", named, arguments)
@@ -91,9 +91,9 @@ def load_teacher(config: Config, manifest: shards.Manifest) -> Network:
     patch = models.patch_size(network.model)
     if patch is not None and spec.view == "matched":
         configuration.check_resolutions(config, patch, "teacher")
-    elif patch is not None and max(manifest.resolutions) % patch:
+    elif patch is not None and manifest.largest % patch:
         raise UserError(
-            f"teacher.view=full: the shards' {max(manifest.resolutions)} px is not a multiple of its patch {patch}"
+            f"teacher.view=full: the shards' {manifest.largest} px is not a multiple of its patch {patch}"
         )
     return network
 
@@ -118,7 +118,7 @@ def _timm_teacher(config: Config, manifest: shards.Manifest) -> Network:
         "name": named.architecture,
         "classes": len(manifest.classes),
         "patch": own.patch,
-        "image_size": own.image_size or max(manifest.resolutions),
+        "image_size": own.image_size or manifest.largest,
         "distilled": as_named if own.distilled == "auto" else own.distilled,
         "options": {**named.options, **own.options},
     }

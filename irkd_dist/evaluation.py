@@ -141,7 +141,8 @@ def _measure(task: _Task, split: str, sizes: list[int]) -> dict[str, Any]:
             agreement[key] = measure.agreement(
                 student, task.teacher, seen, normalization, lambda own: distributed.total(task.place, own)
             )
-        if batches and task.manifest.masks and not task.config.data.centre_crop:
+        whole = not task.config.data.centre_crop and task.manifest.crop_pct == 1  # else masks would show more
+        if batches and task.manifest.masks and whole:
             pointing[key] = _pointing(task, split, size, batches)
     return {
         "checkpoint": str(task.network.folder), "split": split, "shards": task.config.data.shards, "samples": samples,
@@ -254,7 +255,7 @@ def _rate(model: nn.Module, images: Tensor, autocast: torch.dtype | None, second
 
 def _default_resolutions(task: _Task) -> list[int]:
     stages = {s.resolution for s in configuration.stages(task.config)}
-    if task.manifest.mode == "crop":
+    if task.manifest.mode == "crop" or task.manifest.crop_pct < 1:
         return sorted(stages)
     patches = _patches(task).values()
     return [r for r in task.manifest.resolutions if r in stages or not any(r % p for p in patches)]
@@ -271,7 +272,7 @@ def _patches(task: _Task) -> dict[str, int]:
 def _check_resolution(task: _Task, size: int) -> None:
     if size < 1:
         raise UserError(f"--resolutions {size} is no size in pixels")
-    if task.manifest.mode == "resize" and size not in task.manifest.resolutions:
+    if task.manifest.mode == "resize" and task.manifest.stored(size) is None:
         rendered = ", ".join(map(str, task.manifest.resolutions))
         raise UserError(f"--resolutions {size}: {task.config.data.shards} was rendered at {rendered} px")
     for role, patch in _patches(task).items():
@@ -284,7 +285,7 @@ def _refusal(task: _Task, size: int) -> str | None:
     full = task.config.teacher is not None and task.config.teacher.view == "full"
     pairs = [("the student", task.network.model, size)]
     if task.teacher is not None:
-        pairs.append(("the teacher", task.teacher.model, max(task.manifest.resolutions) if full else size))
+        pairs.append(("the teacher", task.teacher.model, task.manifest.largest if full else size))
     for role, model, side in pairs:
         autocast = task.place.autocast
         image = torch.zeros(1, 3, side, side, device=task.place.device)

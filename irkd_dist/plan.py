@@ -210,7 +210,7 @@ def _cache_bytes(config: Config, parts: Parts) -> float:
     patch, total = models.patch_size(parts.teacher.model) or 8, 0.0
     for stage in parts.plan.stages:
         draws = min(config.augment.draws or stage.epochs, stage.epochs)
-        side = max(parts.manifest.resolutions) if build.full_view(config) else stage.resolution
+        side = parts.manifest.largest if build.full_view(config) else stage.resolution
         maps = len(parts.taps) * max(side // patch, 1) ** 2 if config.loss.saliency.gamma else 0
         total += samples * draws * (width * (len(parts.manifest.classes) + maps) + 16)  # id and checksum
     return total

@@ -15,7 +15,6 @@ _OPTIONS_OF = {  # options of `irkd render` that only some sources have
     "label_column": ("parquet",),
     "download": ("cifar10",),
     "samples": ("synthetic",),
-    "size": ("synthetic",),
 }
 
 
@@ -26,7 +25,9 @@ def add_to(render: argparse.ArgumentParser) -> None:
         help="`irkd render SOURCE --help` shows what it has; docs/data.md its layouts")  # fmt: skip
     add("--path", type=Path, help="where the source's files are")
     add("--out", type=Path, required=True, help="folder of the shards")
-    add("--resolutions", required=True, metavar="R,R,...", help="in pixels, e.g. 12,16,20,24,28,32")
+    add("--resolutions", metavar="R,R,...", help="in pixels, e.g. 12,16,20,24,28,32")
+    add("--crop-pct", type=float, default=1.0, metavar="P",
+        help="as timm's: store each larger, floor(R / P), to crop from (0.875: 256 for 224; default 1)")  # fmt: skip
     add("--mode", choices=["resize", "crop"], default="resize",
         help="resize: antialiased, at every resolution; crop: the full-size image only, to crop from")  # fmt: skip
     add("--fit", choices=["crop", "squash", "pad"], default="crop",
@@ -49,7 +50,11 @@ def add_to(render: argparse.ArgumentParser) -> None:
     add("--label-column", help="if there are several")
     add("--download", action="store_true", help="fetch CIFAR-10 into --path first")
     add("--samples", metavar="train=N,test=N", help="default train=4000,test=1000")
-    add("--size", type=int, help="of the images in pixels (default: the largest resolution)")
+    add(
+        "--size",
+        type=int,
+        help="one resolution, as --resolutions R; of synthetic images, their own in pixels",
+    )
     add("-h", "--help", action=_HelpOfSource, help="of a source if one is named before")
 
 
@@ -70,6 +75,12 @@ def check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, option) not in (None, False) and arguments.source not in sources:
             name, known = f"--{option.replace('_', '-')}", " or ".join(sources)
             raise UserError(f"{name} is for source {known}, not {arguments.source}; leave it out")
+    if arguments.resolutions is None and arguments.size is None:
+        raise UserError("no size is given: add --resolutions 96,160,224, or --size 224")
+    if None not in (arguments.resolutions, arguments.size) and arguments.source != "synthetic":
+        raise UserError(
+            f"--size {arguments.size} with --resolutions {arguments.resolutions}: they say the same; leave one out"
+        )
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:

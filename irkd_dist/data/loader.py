@@ -27,9 +27,6 @@ from irkd_dist.data.sampler import Share
 from irkd_dist.data.views import View, Views
 from irkd_dist.errors import UserError
 
-# Samples of a process in a batch of evaluation: a size of its own, whatever the batches of training are.
-EVALUATION_BATCH = 256
-
 T = TypeVar("T")
 
 

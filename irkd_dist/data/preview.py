@@ -18,6 +18,7 @@ PREVIEW = "preview.png"
 def write(out: Path, manifest: Manifest, count: int = 8) -> None:
     """Write the picture of a folder of shards, `count` images wide."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     split = "test" if "test" in manifest.splits else "train"
     width, height = 0.7 + 1.1 * count, 0.3 + 1.1 * len(manifest.resolutions)  # inches
@@ -33,6 +34,12 @@ def write(out: Path, manifest: Manifest, count: int = 8) -> None:
                 i = picked[column]
                 pixels = shards.decode(opened.image(i), manifest.encoding)
                 axis.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
+                if manifest.crop_pct < 1:  # what evaluation sees
+                    seen = round(resolution * manifest.crop_pct)
+                    edge = (resolution - seen) / 2 - 0.5
+                    axis.add_patch(
+                        Rectangle((edge, edge), seen, seen, fill=False, color="white", linewidth=0.8)
+                    )
                 if first:  # a name is no formula, whatever dollars it holds
                     axis.set_title(manifest.classes[opened.labels[i]][:12], fontsize=8, parse_math=False)
         row[0].text(

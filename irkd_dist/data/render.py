@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -69,9 +70,8 @@ def render(
         UserError: unreadable images over the limit, a folder with another render in it, no space left.
     """
     check(options)
-    resolutions = (
-        (max(options.resolutions),) if options.mode == "crop" else tuple(sorted(set(options.resolutions)))
-    )
+    wanted = [math.floor(round(r / options.crop_pct, 6)) for r in options.resolutions]
+    resolutions = (max(wanted),) if options.mode == "crop" else tuple(sorted(set(wanted)))
     jobs, counts = _jobs(source, options)
     plan = _plan_digest(source, options, resolutions)
     parts = out / shards.PARTS
@@ -115,6 +115,14 @@ def _said(facts: dict[str, int], fit: Fit) -> list[str]:
 
 def check(options: Options) -> None:
     """Raises UserError for options that make no sense."""
+    if not 0.01 <= options.crop_pct <= 1:
+        raise UserError(
+            f"--crop-pct {options.crop_pct:g} is no part of a side; give 0.01 to 1 (nothing is cropped), e.g. 0.875"
+        )
+    if options.crop_pct < 1 and options.mode == "crop":
+        raise UserError(
+            "--crop-pct is for --mode resize; with --mode crop data.centre_crop=true evaluates on the centre"
+        )
     if not options.resolutions or min(options.resolutions) < 1 or max(options.resolutions) > LARGEST:
         raise UserError(
             f"--resolutions {','.join(map(str, options.resolutions))}: give sizes in pixels up to {LARGEST}, "
@@ -168,6 +176,7 @@ def _semantic(options: Options) -> dict[str, Any]:
     left_out = {"workers", "max_bad", "dataset", "resolutions"}
     # as before there was another: such a render goes on
     left_out |= {"fit"} if options.fit == "crop" else set()
+    left_out |= {"crop_pct"} if options.crop_pct == 1 else set()
     left_out |= {"white"} if options.white is None else set()
     return {k: v for k, v in asdict(options).items() if k not in left_out}
 

@@ -39,6 +39,9 @@ class Options:
     workers: int = 1
     max_bad: int = 0  # unreadable images that are skipped before the render stops
     fit: Fit = "crop"  # of images that are not square: their centre, squashed, or whole on black
+    crop_pct: float = (
+        1.0  # part of a side that evaluation sees: `resolutions` are stored larger by its inverse
+    )
     white: int | None = None  # of floats and 32-bit numbers; None: 1, 255 or 65535, as their values are
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -73,6 +74,30 @@ class Manifest:
     splits: dict[str, int]
     shards: dict[str, dict[str, tuple[Shard, ...]]]
     render: dict[str, Any]
+
+    @property
+    def crop_pct(self) -> float:
+        """Part of an image's side that evaluation sees (`irkd render --crop-pct`): 1, or images are stored larger."""
+        return float(self.render.get("crop_pct", 1.0))
+
+    @property
+    def largest(self) -> int:
+        """The largest side in pixels that images are seen at."""
+        top = max(self.resolutions)
+        return next(r for r in range(top, 0, -1) if self.scaled(r) <= top)
+
+    def scaled(self, resolution: int) -> int:
+        """Side in pixels of the whole image whose central crop evaluation sees at a resolution; timm's rule."""
+        return math.floor(round(resolution / self.crop_pct, 6))
+
+    def stored(self, resolution: int) -> int | None:
+        """The stored resolution that a resolution is made of, None if there is none.
+
+        With crop_pct the smallest that is large enough; without one only the resolution itself.
+        """
+        if self.crop_pct == 1:
+            return resolution if resolution in self.resolutions else None
+        return next((r for r in sorted(self.resolutions) if r >= self.scaled(resolution)), None)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -140,6 +165,7 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
         resolution: {split: tuple(_shard(record) for record in listed) for split, listed in splits.items()}
         for resolution, splits in raw["shards"].items()
     }
+    _number("render.crop_pct", raw["render"].get("crop_pct", 1.0), 0.01, 1.0)
     return Manifest(
         version=raw["version"],
         dataset=printable(str(raw["dataset"])),

@@ -53,10 +53,11 @@ class View:
         """
         largest = manifest.resolutions[-1]
         whole = manifest.mode == "crop"
-        image = largest if self.window or whole else self.resolution
+        image = largest if self.window or whole else manifest.stored(self.resolution) or self.resolution
         if self.window or self.full in (None, self.resolution):
             return image, None
-        return image, largest if whole else self.full
+        assert self.full is not None
+        return image, largest if whole else manifest.stored(self.full) or self.full
 
 
 class Views:
@@ -69,6 +70,7 @@ class Views:
         """Raises UserError for shards that are missing, damaged, or not made for the view."""
         self.view, self.seed, self._data = view, seed, data
         self._mean, self._std = data.manifest.mean, data.manifest.std
+        self._cropped = data.manifest.mode == "resize" and data.manifest.crop_pct < 1
         stored, full = view.stored(data.manifest)
         _check(data, view, stored)
         with contextlib.ExitStack() as files:
@@ -120,19 +122,26 @@ class Views:
             "seed": self.seed if augment else None,
             "mean": list(manifest.mean),
             "std": list(manifest.std),
+            **({"crop_pct": manifest.crop_pct} if self._cropped else {}),
         }
 
     def _pixels(self, source: Images, size: int, draw: int, rows: np.ndarray) -> Tensor:
         """uint8 (n, 3, size, size) on the device: cropped, flipped, through AutoAugment; or made to fit."""
         images, augment = source.take(rows), self.view.augment
+        side = source.size
+        if self._cropped and (augment is None or augment.crop == "padded"):
+            side = self._data.manifest.scaled(size)
+            images = aug.resize(images, side)
+            if augment is None:
+                return aug.centre_crop(images, size)
         if augment is None:
             return aug.centre_crop(images, size) if self.view.centre_crop else aug.resize(images, size)
-        ids, padding = source.ids[rows], augment.padding_of(source.size)
+        ids, padding = source.ids[rows], augment.padding_of(side)
         if augment.crop == "resized":
-            boxes = aug.crop_boxes(self.seed, draw, ids, augment.scale, augment.ratio, source.size)
+            boxes = aug.crop_boxes(self.seed, draw, ids, augment.scale, augment.ratio, side)
             images = aug.resized_crop(images, boxes, size, augment.interpolation)
-        elif padding or source.size != size:
-            offsets = aug.crop_offsets(self.seed, draw, ids, padding, size, source.size)
+        elif padding or side != size:
+            offsets = aug.crop_offsets(self.seed, draw, ids, padding, size, side)
             images = aug.random_crop(images, offsets, padding, size)
         if augment.flip:
             images = aug.flip(images, aug.flip_mask(self.seed, draw, ids))
@@ -147,8 +156,8 @@ class Views:
         if augment.three_augment > 0:
             images = policies.three_augment(images, *at, augment.three_augment)
         if augment.colour_jitter or augment.hue:
-            own = augment.colour_jitter
-            images = policies.colour_jitter(images, *at, (own, own, own, augment.hue))
+            s = augment.colour_jitter
+            images = policies.colour_jitter(images, *at, (s, s, s, augment.hue))
         return images
 
     def _finish(self, pixels: Tensor, draw: int, rows: np.ndarray) -> Tensor:

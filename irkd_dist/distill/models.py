@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
 import torch
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from irkd_dist.distill import small_resnet  # noqa: F401 - timm knows it by name then
 from irkd_dist.distill.paper import PAPER_MODELS
@@ -208,3 +211,32 @@ def check_weights(
             for k in wrong[:3]
         )
         raise UserError(f"{where} does not fit {what}: {len(wrong)} entries differ: {shown}")
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Let a model's blocks keep no activations: a backward computes them again, with the same random draws.
+
+    Not reentrant, so that gradients of gradients are right: saliency differentiates through them.
+
+    Raises:
+        UserError: the model has no blocks.
+    """
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
+        raise UserError(f"optim.checkpoint_blocks=true: {type(model).__name__} has no blocks; leave it out")
+    for block in blocks:
+        block.forward = functools.partial(_run_block, block, block.forward)
+
+
+def _run_block(block: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    if not block.training:  # a tap may begin the graph within it
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def set_drop_path(model: nn.Module, rate: float, created: float) -> None:
+    """Set the rate of drop path of a model that was created with `created`, the largest it may have."""
+    for module in model.modules():
+        if isinstance(module, DropPath) and created > 0:
+            full = module.__dict__.setdefault("_created_with", module.drop_prob)
+            module.drop_prob = full * rate / created

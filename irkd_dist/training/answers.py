@@ -186,7 +186,7 @@ def _origin(parts: Parts, stage: int) -> tuple[dict[str, Any], str]:
         return dict(state["model"]), restore.teacher_digest(state, parts.config)
     assert spec.model is not None
     model = {k: v for k, v in asdict(spec.model).items() if k not in ("weights", "pretrained")}
-    model["image_size"] = spec.model.image_size or max(parts.manifest.resolutions)
+    model["image_size"] = spec.model.image_size or parts.manifest.largest
     return model, weights_digest(parts.teacher.model)
 
 

@@ -17,7 +17,7 @@ from irkd_dist import config as configuration
 from irkd_dist.config import Config, Stage
 from irkd_dist.data import shards
 from irkd_dist.data.decoded import Dataset, Work
-from irkd_dist.data.loader import EVALUATION_BATCH, Loader
+from irkd_dist.data.loader import Loader
 from irkd_dist.data.sampler import Share
 from irkd_dist.data.views import View
 from irkd_dist.distill import methods, models
@@ -71,11 +71,14 @@ def build(config: Config, engine: Engine) -> Parts:
     if engine.name == "ddp":  # the others take contiguous parameters only
         models.channels_last(student)
     preflight.check_fraction(config, student)
+    preflight.check_layers(config, student)
     preflight.check_forward(config, manifest, stages, student, taps, teacher)
 
+    if config.optim.checkpoint_blocks:
+        models.checkpoint_blocks(student)
     distiller = Distiller(student, _objective(config, taps), engine.autocast)
     _compile(config, engine, distiller, teacher, notes)
-    groups = optim.parameter_groups(student, config.optim.weight_decay)
+    groups = optim.parameter_groups(student, config.optim.weight_decay, config.optim.layer_decay)
     # fused: one pass over each tensor, the same arithmetic on every device, and it can leave an update out there
     optimizer = torch.optim.AdamW(
         groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
@@ -124,7 +127,7 @@ def train_loader(parts: Parts, stage: StagePlan, carried: Share) -> Loader:
     """The training loader of a stage for what a process carries of each batch."""
     config, engine, manifest, data = parts.config, parts.engine, parts.manifest, parts.config.data
     micro_batches = carried.parts * config.optim.accumulate
-    full = max(manifest.resolutions) if full_view(config) else None
+    full = manifest.largest if full_view(config) else None
     augment = configuration.stage_augment(config, configuration.stages(config)[stage.number])
     return Loader(
         Dataset(Path(data.shards), manifest, "train", data.subset, verify="size"),
@@ -138,13 +141,13 @@ def evaluation_loader(
     config: Config, manifest: shards.Manifest, engine: Engine, split: str, resolution: int, full: bool = False
 ) -> Loader:
     """A loader for measuring: in order, normalised only. `full`: at the teacher's full resolution."""
-    size = max(manifest.resolutions) if full else resolution
+    size = manifest.largest if full else resolution
     count = config.data.val_subset if split == held_out(manifest) and split != "test" else None
     subset = min(count, manifest.splits[split]) if count is not None else None
     return Loader(
         Dataset(Path(config.data.shards), manifest, split, subset, verify="size"),
         View(size, centre_crop=config.data.centre_crop),
-        batch=EVALUATION_BATCH * engine.world, seed=config.seed, share=Share(engine.world, (engine.rank,)),
+        batch=config.data.eval_batch * engine.world, seed=config.seed, share=Share(engine.world, (engine.rank,)),
         work=_work(config, engine),
     )  # fmt: skip
 
@@ -175,7 +178,8 @@ def data_digest(manifest: shards.Manifest) -> str:
         size: {split: [asdict(s) for s in files] for split, files in splits.items()}
         for size, splits in manifest.shards.items()
     }
-    return digest([manifest.classes, manifest.splits, manifest.mode, files])
+    cropped = [manifest.crop_pct] if manifest.crop_pct < 1 else []
+    return digest([manifest.classes, manifest.splits, manifest.mode, files, *cropped])
 
 
 def digest(values: Any) -> str:

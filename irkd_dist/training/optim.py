@@ -6,11 +6,17 @@ import math
 from typing import Any, Literal
 
 import torch
+from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: weights with decay; biases, norms, tokens and position embeddings without."""
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """Two groups: weights with decay; biases, norms, tokens and position embeddings without.
+
+    With `layer_decay` two for each of timm's layers, whose `lr_scale` is layer_decay^(layers above it).
+    """
     exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
@@ -18,7 +24,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             continue
         free = parameter.ndim < 2 or name in exempt or name.endswith(("pos_embed", "_token"))
         (no_decay if free else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    if layer_decay is None:
+        return groups
+    layers = param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay)
+    scales = {id(p): layer["lr_scale"] for layer in layers for p in layer["params"]}
+    split = []
+    for group in groups:
+        for scale in sorted({scales[id(p)] for p in group["params"]}):
+            params = [p for p in group["params"] if scales[id(p)] == scale]
+            split.append({**group, "params": params, "lr_scale": scale})
+    return split
 
 
 def lr_factor(
@@ -74,6 +90,6 @@ def move_average(average: list[Tensor], live: list[Tensor], weight: Tensor) -> N
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group."""
+    """Set the learning rate of every group, times its `lr_scale` if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)

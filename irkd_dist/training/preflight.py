@@ -38,7 +38,7 @@ def check_data(config: Config, engine: Engine, manifest: shards.Manifest) -> Non
             f"data.subset={config.data.subset}, but {data} has {manifest.splits['train']} training images"
         )
     if manifest.mode == "resize":
-        missing = sorted({*configuration.resolutions(config)} - set(manifest.resolutions))
+        missing = sorted(r for r in configuration.resolutions(config) if manifest.stored(r) is None)
         if missing:
             raise UserError(
                 f"stages need {', '.join(map(str, missing))} px, but {data} was rendered at "
@@ -50,11 +50,12 @@ def check_data(config: Config, engine: Engine, manifest: shards.Manifest) -> Non
 
 def used_shards(config: Config, manifest: shards.Manifest) -> list[tuple[Path, shards.Shard]]:
     """Each file that a run will read."""
-    used = {*configuration.resolutions(config)}
+    wanted = {*configuration.resolutions(config)}
+    if config.teacher is not None and config.teacher.view == "full":
+        wanted.add(manifest.largest)
+    used = {stored for r in wanted if (stored := manifest.stored(r)) is not None}
     if manifest.mode == "crop":
         used = set(manifest.resolutions)
-    elif config.teacher is not None and config.teacher.view == "full":
-        used.add(max(manifest.resolutions))
     folder = Path(config.data.shards)
     return [
         (folder / f"r{r}" / shard.name, shard)
@@ -90,6 +91,15 @@ def check_fraction(config: Config, student: nn.Module) -> None:
         )
 
 
+def check_layers(config: Config, student: nn.Module) -> None:
+    """Refuse rates by layer for a student that does not say which layers it has."""
+    if config.optim.layer_decay is not None and not hasattr(student, "group_matcher"):
+        raise UserError(
+            f"optim.layer_decay={config.optim.layer_decay}: {type(student).__name__} does not say which layers it has; "
+            "leave it out"
+        )
+
+
 def check_forward(
     config: Config, manifest: shards.Manifest, stages: list[Stage], student: nn.Module, taps: list[str],
     teacher: Teacher | None,
@@ -108,7 +118,7 @@ def check_forward(
             if taps:
                 TappedModel(student, taps, method).maps(image, label)
             if teacher is not None:
-                role, side = "the teacher", max(manifest.resolutions) if full else resolution
+                role, side = "the teacher", manifest.largest if full else resolution
                 device = next(teacher.model.parameters()).device
                 view = torch.zeros(1, 3, side, side, device=device)
                 teacher(view, label.to(device), aligned=1 if teacher.paths else 0)
@@ -155,7 +165,7 @@ def settle(parts: Parts) -> None:
     if parts.teacher is not None:
         # what it says of a blank image does not matter, which terms there are does
         full = parts.config.teacher is not None and parts.config.teacher.view == "full"
-        large = torch.zeros(count, 3, *[max(parts.manifest.resolutions)] * 2, device=device)
+        large = torch.zeros(count, 3, *[parts.manifest.largest] * 2, device=device)
         aligned = count // 2 if loss.saliency.gamma else 0
         targets = parts.teacher(large if full else image, label, aligned, logits=loss.kd.alpha > 0)
     buffers = {k: v.clone() for k, v in parts.student.named_buffers()}

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from irkd_dist import config as configuration
 from irkd_dist import faults, runfolder
 from irkd_dist.config import Config
 from irkd_dist.data import sampler
 from irkd_dist.data.loader import Loader
+from irkd_dist.distill import models
 from irkd_dist.training import (
     answers,
     bookends,
@@ -210,6 +212,10 @@ def _enter(run: Run, loader: Loader, skill: float) -> _Stage:
         ),
     )
     restore.load_stage_teacher(parts, number)
+    config, spec = parts.config, configuration.stages(parts.config)[number]
+    models.set_drop_path(
+        parts.student, configuration.drop_path(config, spec), configuration.drop_path(config)
+    )
     notes = answers.enter(parts, number, loader)
     if position.stage_step == 0 and parts.plan.policy == "reset":
         faults.inject("reset", position.step, engine.rank)

@@ -445,8 +445,8 @@ def test_ctrl_c_with_workers_is_one_line(tmp_path: Path) -> None:
 
 def test_a_source_has_its_own_options_only(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for source, there, elsewhere in (
-        ("parquet", {"--image-column", "--path"}, {"--download", "--samples", "--size"}),
-        ("cifar10", {"--download", "--path"}, {"--image-column", "--samples", "--size"}),
+        ("parquet", {"--image-column", "--path", "--size"}, {"--download", "--samples"}),
+        ("cifar10", {"--download", "--path"}, {"--image-column", "--samples"}),
         ("synthetic", {"--samples", "--size"}, {"--image-column", "--download", "--path"}),
         ("folder", {"--path", "--fit", "--classes"}, {"--download", "--samples", "--label-column"}),
     ):
@@ -458,7 +458,7 @@ def test_a_source_has_its_own_options_only(tmp_path: Path, capsys: pytest.Captur
         assert shown >= there
         assert not shown & elsewhere
     root = _two_classes(tmp_path / "images")
-    for options in (["--size", "8"], ["--download"], ["--image-column", "x"], ["--samples", "train=4"]):
+    for options in (["--download"], ["--image-column", "x"], ["--samples", "train=4"]):
         message = _fails(
             tmp_path / "out", "folder", "--path", root, "--resolutions", 8, *options, capsys=capsys
         )
