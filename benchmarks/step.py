@@ -5,7 +5,8 @@
 All variants: the same teacher (ViT-Small) and student (patch 4, one head, random weights), the same random batch, bf16
 autocast where the device has it, AdamW (fused), forward, backward and optimizer step. `timm` is
 timm.task.LogitDistillationTask as its users run it, `kd` our Distiller with our Teacher, `irkd` the same with gradient
-maps at the first, second and last block; `_cached` takes what the teacher said from memory, `_compiled` compiles
+maps at the first, second and last block; `plain` a loop as notebooks have it (AdamW not fused), `torchdistill` its
+KDLoss, where it is installed; `_cached` takes what the teacher said from memory, `_compiled` compiles
 student and teacher. The variants take turns within a round and each ratio of speed to timm's is taken within a round:
 the median over the rounds is quoted. Peak memory is that of a process that runs one variant alone (on a GPU: allocated
 by torch; elsewhere with what the compiler took). The last line is one JSON object: for each resolution the ratios, and
@@ -15,6 +16,7 @@ by torch; elsewhere with what the compiler took). The last line is one JSON obje
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -30,6 +32,7 @@ import timm
 import torch
 from timm.task import LogitDistillationTask
 from torch import nn
+from torch.nn import functional as F
 
 from irkd_dist.distill import compiling, models, taps
 from irkd_dist.distill.module import Distiller, Objective
@@ -37,7 +40,8 @@ from irkd_dist.distill.teacher import Teacher, freeze
 from irkd_dist.training.engines import autocast_dtype
 
 OURS = ("kd", "kd_compiled", "kd_cached", "irkd", "irkd_compiled", "irkd_cached", "irkd_cached_compiled")
-VARIANTS = ("timm", *OURS)
+PEERS = ("plain", "torchdistill") if importlib.util.find_spec("torchdistill") else ("plain",)
+VARIANTS = ("timm", *PEERS, *OURS)
 TEMPERATURE = 4.0
 
 
@@ -53,7 +57,7 @@ def make_step(
     teacher = models.create_model(arguments.teacher, **options).to(device)
     images = torch.randn(batch, 3, resolution, resolution, device=device)
     labels = torch.randint(0, 10, (batch,), device=device)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-4, fused=True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-4, fused=variant not in PEERS)
 
     if variant == "timm":
         task = LogitDistillationTask(
@@ -64,6 +68,16 @@ def make_step(
         def loss() -> torch.Tensor:
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 return task(images, labels)["loss"]
+    elif variant in PEERS:
+        teacher.eval().requires_grad_(False)
+        student.train()
+        criterion = _plain_loss if variant == "plain" else _torchdistill_loss()
+
+        def loss() -> torch.Tensor:
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                with torch.no_grad():
+                    told = teacher(images)
+                return criterion(student(images), told, labels)
     else:
         gamma = 0.8 if variant.startswith("irkd") else 0.0
         pairs = taps.tap_pairs(student, teacher, ["first", "second", "last"], "gradient")
@@ -95,6 +109,24 @@ def make_step(
         return float(value.detach())
 
     return step
+
+
+def _plain_loss(said: torch.Tensor, told: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    soft = F.kl_div(
+        F.log_softmax(said / TEMPERATURE, 1), F.softmax(told / TEMPERATURE, 1), reduction="batchmean"
+    )
+    return soft * TEMPERATURE**2 + F.cross_entropy(said, labels)
+
+
+def _torchdistill_loss() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """torchdistill's KDLoss on the outputs of both models; its weights sum to one."""
+    from torchdistill.losses.mid_level import KDLoss  # type: ignore[import-not-found]
+
+    kd = KDLoss(
+        student_module_path=".", student_module_io="output", teacher_module_path=".",
+        teacher_module_io="output", temperature=TEMPERATURE, alpha=0.5, reduction="batchmean",
+    )  # fmt: skip
+    return lambda said, told, labels: kd({".": {"output": said}}, {".": {"output": told}}, labels)
 
 
 def timed(step: Callable[[], float], device: torch.device, repeats: int) -> float:

@@ -1,6 +1,6 @@
 """Checkpoints that belong to no engine: weights and moments by name in safetensors, the rest in JSON.
 
-A checkpoint is written to a temporary folder, synced, and renamed; state.json holds the checksums of all three files.
+A checkpoint is written to a temporary folder, synced, and renamed; state.json holds the checksums of all its files.
 So a folder that has the final name and whose checksums agree is whole, and nothing else is.
 """
 
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from irkd_dist import faults, files, runfolder, typed
 from irkd_dist.errors import Passing, UserError, unreadable
-from irkd_dist.runfolder import OPTIMIZER, STATE, STUDENT
+from irkd_dist.runfolder import AVERAGE, OPTIMIZER, STATE, STUDENT
 
 FORMAT_VERSION = 1
 # the line of state.json that holds its own checksum: of the text with that line empty
@@ -29,11 +29,16 @@ _OWN = f'"{STATE}": "%s"'
 
 
 def save(
-    folder: Path, student: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]
+    folder: Path,
+    student: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    state: dict[str, Any],
+    average: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint; it appears under its name only when it is whole.
 
-    student: full fp32 weights by parameter name; optimizer: moments by `kind.parameter`; state: JSON values.
+    student: full fp32 weights by parameter name; optimizer: moments by `kind.parameter`; state: JSON values;
+    average: weights as `student`, where a moving average of them is kept.
 
     Raises:
         UserError: the disk is full or not writable; the folder's earlier content is untouched.
@@ -45,7 +50,10 @@ def save(
         _save_tensors(student, temporary / STUDENT)
         faults.inject("write", state.get("step", -1))
         _save_tensors(optimizer, temporary / OPTIMIZER)
-        digests = {name: _sync_and_digest(temporary / name) for name in (STUDENT, OPTIMIZER)}
+        if average:
+            _save_tensors(average, temporary / AVERAGE)
+        names = (STUDENT, OPTIMIZER, *((AVERAGE,) if average else ()))
+        digests = {name: _sync_and_digest(temporary / name) for name in names}
         digests[STATE] = ""
         text = json.dumps({"version": FORMAT_VERSION, "sha256": digests, **state}, indent=1)
         own = hashlib.sha256(text.encode()).hexdigest()
@@ -72,6 +80,7 @@ class Content:
     student: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    average: dict[str, Tensor] = field(default_factory=dict)  # empty where none is kept
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -104,7 +113,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 def _altered(state: dict[str, Any], data: bytes) -> str | None:
     """What is wrong with the content of a state.json; one of an earlier release has no checksum of its own."""
     digests = state.get("sha256", {})
-    if not isinstance(digests, dict) or not {STATE, STUDENT, OPTIMIZER} >= digests.keys():
+    if not isinstance(digests, dict) or not {STATE, STUDENT, OPTIMIZER, AVERAGE} >= digests.keys():
         return "its checksums are not those of a checkpoint's files"
     if (own := digests.get(STATE)) is not None:
         whole = data.replace((_OWN % own).encode(), (_OWN % "").encode(), 1)
@@ -154,7 +163,8 @@ def read(folder: Path, moments: bool = True) -> Content:
     """
     state = load_state(folder)
     optimizer = _read(folder / OPTIMIZER, state) if moments else {}
-    return Content(_read(folder / STUDENT, state), optimizer, state)
+    average = _read(folder / AVERAGE, state) if AVERAGE in state.get("sha256", {}) else {}
+    return Content(_read(folder / STUDENT, state), optimizer, state, average)
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
@@ -163,9 +173,15 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, 
     return content.student, content.optimizer, content.state
 
 
-def load_student(folder: Path) -> dict[str, Tensor]:
-    """Read the student's weights alone."""
-    return read(folder, moments=False).student
+def weights_file(state: dict[str, Any], averaged: bool = True) -> str:
+    """The file of a checkpoint with the weights to use: averaged ones where it has them, unless `averaged` is off."""
+    return AVERAGE if averaged and AVERAGE in state.get("sha256", {}) else STUDENT
+
+
+def load_student(folder: Path, averaged: bool = True) -> dict[str, Tensor]:
+    """Read a student's weights alone, those of `weights_file`."""
+    state = load_state(folder)
+    return _read(folder / weights_file(state, averaged), state)
 
 
 def name(step: int) -> str:
@@ -179,12 +195,13 @@ def unsound(content: Content) -> str | None:
     A buffer, which has no moments, may hold infinities (masks do), but no NaN.
     """
     trained = {key.partition(".")[2] for key in content.optimizer}
-    for kind, tensors in (("weight", content.student), ("moment", content.optimizer)):
+    named = {"weight": content.student, "averaged weight": content.average, "moment": content.optimizer}
+    for kind, tensors in named.items():
         for key, value in tensors.items():
             if not value.is_floating_point() or not value.numel():
                 continue
             low, high = torch.aminmax(value.float() if value.itemsize < 2 else value)  # of fp8 torch has none
-            buffer = kind == "weight" and bool(trained) and key not in trained
+            buffer = kind != "moment" and bool(trained) and key not in trained
             if low.isnan() or (not buffer and not (low.isfinite() and high.isfinite())):
                 return f"{kind} {key} is not finite"
     return None

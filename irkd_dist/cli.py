@@ -151,6 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--split", choices=["train", "val", "test"], default="test")
     evaluate.add_argument("--resolutions", metavar="R,R,...", help="default: all rendered")
+    evaluate.add_argument(
+        "--raw", action="store_true", help="the trained weights, not their moving average (optim.ema)"
+    )
     evaluate.add_argument("--data", help="shards, if they are not where the run found them")
     evaluate.set_defaults(call=_evaluate)
 
@@ -400,7 +403,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     sizes = arguments.resolutions and list(render_arguments.numbers(arguments.resolutions, "--resolutions"))
     result = evaluation.evaluate(
-        arguments.run, which=arguments.which, split=arguments.split, resolutions=sizes, data=arguments.data
+        arguments.run, which=arguments.which, split=arguments.split, resolutions=sizes, data=arguments.data,
+        raw=arguments.raw,
     )  # fmt: skip
     evaluation.show(result)
     return 0

@@ -108,6 +108,7 @@ class Teacher:
     view: Literal["matched", "full"] = "matched"
     # aligned: stage i of n gets the teacher as of (i + 1) / n of its run
     schedule: Literal["final", "aligned"] = "final"
+    averaged: bool = True  # take the moving average of a run's weights where it keeps one (optim.ema)
     # spread its parameters over the processes (FSDP2): for one too large for a device
     shard: Annotated[bool, OPERATIONAL] = False
     # feed it its own mean and std where they differ from the shards'; left out: true for teacher.model
@@ -177,6 +178,7 @@ class Stage(Ends):
     # each step is at one of these or at `resolution`, drawn evenly; one that is named twice comes twice as often
     multiscale: list[Side] = field(default_factory=list)
     lr: PositiveFloat | None = None  # peak; null: optim.lr, scaled with the batch
+    augment: dict[str, Any] = field(default_factory=dict)  # keys of `augment` that are other in this stage
     # checkpoint folder for this stage; null: the teacher's schedule
     teacher: Annotated[str | None, PATH] = None
     __pydantic_config__ = _strict
@@ -219,6 +221,15 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Ema:
+    """A moving average of the student's weights and buffers: what is then judged, reported and taught with."""
+
+    decay: Beta = 0.9998  # of each step
+    warmup: bool = True  # at step t (0, 1, ...) at most 1 - (1 + t)^(-2/3), as timm's with use_warmup
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
 class Optim:
     """AdamW and what happens to it at a stage change."""
 
@@ -234,6 +245,7 @@ class Optim:
     policy: Literal["reset", "carry", "rewarm"] = "reset"
     rewarm_steps: Positive = 100  # under rewarm: steps of a linear warm-up at each new stage
     schedule: Schedule = field(default_factory=Schedule)
+    ema: Ema | None = None
     __pydantic_config__ = _strict
 
 
@@ -295,7 +307,7 @@ class Config:
     __pydantic_config__ = _strict
 
 
-_ADAPTER = TypeAdapter(Config)
+_ADAPTER, _AUGMENT = TypeAdapter(Config), TypeAdapter(Augment)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -405,6 +417,11 @@ def stage_lr(config: Config, stage: Stage) -> float:
     return config.optim.lr * {"none": 1.0, "sqrt": ratio**0.5, "linear": ratio}[rule]
 
 
+def stage_augment(config: Config, stage: Stage) -> Augment:
+    """How a stage's images are changed: `augment` with the stage's own keys."""
+    return _AUGMENT.validate_json(json.dumps({**asdict(config.augment), **stage.augment}), strict=True)
+
+
 def semantic_keys(tree: Any, prefix: str = "") -> dict[str, Any]:
     """The keys of a tree of plain values that change the numbers, as `a.b: value`."""
     if isinstance(tree, dict) and tree:
@@ -479,6 +496,7 @@ def check(config: Config) -> None:
         raise UserError(
             "student.distilled=true with loss.kd.alpha=0: nothing teaches the distillation token; use auto"
         )
+    _check_augment(config)
     if config.engine != "auto":
         check_engine(config, config.engine)
     for i, stage in enumerate(stages(config)):
@@ -506,6 +524,35 @@ def check(config: Config) -> None:
     for role, model in patches.items():
         if model.name in PAPER_MODELS and model.patch is not None:
             check_resolutions(config, model.patch, role)
+
+
+def _check_augment(config: Config) -> None:
+    shown = [("augment", config.augment)]
+    for i, stage in enumerate(stages(config)):
+        key = f"curriculum.stages[{i}].augment"
+        if wrong := {"draws", "repeats"} & stage.augment.keys():
+            raise UserError(f"{key}.{min(wrong)}: it holds for the whole run; set augment.{min(wrong)} alone")
+        try:
+            shown.append((key, stage_augment(config, stage)))
+        except ValidationError as error:
+            raise UserError(
+                f"{key}: {reading.explain(error.errors(), Augment, reading.Origin(key))}"
+            ) from error
+    for key, own in shown:
+        for name in ("scale", "ratio"):
+            low, high = getattr(own, name)
+            if low > high:
+                raise UserError(
+                    f"{key}.{name}=[{low}, {high}]: the first is above the second; give [low, high]"
+                )
+        if own.repeats > 1 and own.draws is not None:
+            raise UserError(f"{key}.repeats={own.repeats} with draws={own.draws}: leave one of them out")
+    cached = config.teacher is not None and config.teacher.cache.folder is not None
+    if config.augment.repeats > 1 and cached:
+        raise UserError(
+            f"augment.repeats={config.augment.repeats} with teacher.cache.folder: a cache keeps one draw of a "
+            "sample an epoch; leave one of them out"
+        )
 
 
 def check_engine(config: Config, engine: str) -> None:

@@ -52,13 +52,13 @@ def create_student(
 
 def read_weights(path: Path, where: str) -> tuple[dict[str, Tensor], list[str]]:
     """Weights by name, and notes: of a checkpoint folder, a run folder (its best), or as `weights.read` takes them."""
-    ours = own_checkpoint(path)
-    return (checkpoint.load_student(ours), []) if ours is not None else weights.read(path, where)
+    ours, raw = own_checkpoint(path), path.name == runfolder.STUDENT  # which names its file
+    return (checkpoint.load_student(ours, not raw), []) if ours is not None else weights.read(path, where)
 
 
 def own_checkpoint(path: Path) -> Path | None:
     """The checkpoint of ours that a path of weights means, if it does."""
-    if path.name == runfolder.STUDENT and (path.parent / runfolder.STATE).is_file():
+    if path.name in (runfolder.STUDENT, runfolder.AVERAGE) and (path.parent / runfolder.STATE).is_file():
         return path.parent
     if (path / runfolder.STATE).is_file() or (path / runfolder.CHECKPOINTS).is_dir():
         return checkpoint.find(path)[0]
@@ -74,7 +74,7 @@ def load_teacher(config: Config, manifest: shards.Manifest) -> Network:
     spec = config.teacher
     assert spec is not None
     if spec.run is not None:
-        network = networks.load(Path(spec.run))
+        network = networks.load(Path(spec.run), averaged=spec.averaged)
         where = f"teacher.run={spec.run}"
     else:
         assert spec.model is not None

@@ -48,8 +48,11 @@ def evaluate(
     split: str = "test",
     resolutions: list[int] | None = None,
     data: str | None = None,
+    raw: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a run folder (its `best` or `last` checkpoint) or a checkpoint folder.
+
+    Of a student with a moving average of its weights (optim.ema) that is measured; `raw`: the trained weights instead.
 
     Accuracy in 0..1 by resolution over the whole split; for a run whose teacher is at hand the agreement of the maps
     (`mse`, Pearson's `correlation`), and for shards with object masks the pointing game's hit rate, both over the first
@@ -59,7 +62,7 @@ def evaluate(
     Raises:
         UserError: no such run, split or resolution, or the shards are gone or of other classes.
     """
-    network = networks.load(path, which)
+    network = networks.load(path, which, averaged=not raw)
     config = configuration.from_dict(network.state["config"], str(network.folder / runfolder.STATE))
     config = replace(config, engine="ddp")  # whatever trained it: nothing is stepped here
     config = replace(config, data=replace(config.data, val_subset=None))  # the whole split
@@ -90,7 +93,7 @@ def evaluate(
         result = _measure(task, split, sizes) | {"notes": notes}
         if place.main:
             other_data = network.state.get("data_digest") not in (None, build.data_digest(manifest))
-            _write(path, network, result, build.data_digest(manifest) if other_data else None)
+            _write(path, network, result, build.data_digest(manifest) if other_data else None, raw)
         return result
     finally:
         place.finish()
@@ -293,11 +296,12 @@ def _refusal(task: _Task, size: int) -> str | None:
     return None
 
 
-def _write(path: Path, network: Network, result: dict[str, Any], other_data: str | None) -> None:
+def _write(path: Path, network: Network, result: dict[str, Any], other_data: str | None, raw: bool) -> None:
     """Keep a result in the run folder, or beside a checkpoint that is in none."""
     run = runfolder.run_of(path)
     which = network.folder.name if path == network.folder else _which(run, network)
     parts = [result["split"], *result["accuracy"], which, *(["data", other_data] if other_data else [])]
+    parts += ["raw"] if raw else []
     file = run / runfolder.EVALUATION / ("-".join(parts) + ".json")
     files.write(file, typed.checked(result))
 

@@ -37,15 +37,17 @@ class Network:
     notes: tuple[str, ...] = ()  # what was skipped on the way to it, and why
 
 
-def load(path: Path, which: str = "best") -> Network:
+def load(path: Path, which: str = "best", averaged: bool = True) -> Network:
     """Load a network from a checkpoint, or from a run folder: the best of its last stage, or its `last`.
+
+    Its weights are the moving average where there is one (optim.ema); averaged=False: those that were trained.
 
     Raises:
         UserError: no such run or checkpoint, or it is damaged; the message names the file.
     """
     folder, skipped = checkpoint.find(path, which)
-    content = checkpoint.read(folder, moments=False)
-    state = content.state
+    state = checkpoint.load_state(folder)
+    content = checkpoint.Content(checkpoint.load_student(folder, averaged), {}, state)
     missing = [key for key in ("model", "classes", "mean", "std", "config") if key not in state]
     if missing:
         raise UserError(f"{folder / runfolder.STATE} is altered: it has no {missing[0]}")

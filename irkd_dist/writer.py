@@ -85,7 +85,9 @@ class Writer:
             try:
                 while self._owed:
                     folder, content = self._owed[0]
-                    checkpoint.save(folder, content.student, content.optimizer, content.state)
+                    checkpoint.save(
+                        folder, content.student, content.optimizer, content.state, content.average
+                    )
                     del self._owed[0]
                 order.afterwards()
             except UserError as failure:

@@ -6,21 +6,22 @@ offsets, of the image), so that the same draw at another resolution gives the sa
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from irkd_dist.data.sampler import uniform
 
 # Streams of `uniform`: a number, once used, keeps its meaning, or old runs no longer repeat.
 CROP_Y, CROP_X, FLIP, ERASE, ERASE_AREA, ERASE_RATIO, ERASE_Y, ERASE_X = range(1, 9)
-MIX_MODE, MIX_LAM, MIX_Y, MIX_X = range(9, 13)
-POLICY_USED, POLICY, POLICY_APPLY, POLICY_SIGN = 13, 14, (15, 16), (17, 18)
-ERASE_ATTEMPTS = 10  # the area, ratio and place of attempt k are drawn from streams + 100 * k
+MIX_MODE, MIX_LAM, MIX_Y, MIX_X = range(9, 13)  # policies.py has 13 to 18 and those from 25 on
+BOX_AREA, BOX_RATIO, BOX_Y, BOX_X = range(21, 25)
+ERASE_ATTEMPTS = BOX_ATTEMPTS = 10  # area, ratio and place of attempt k are drawn from streams + 100 * k
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right
 
@@ -53,6 +54,53 @@ def random_crop(images: Tensor, offsets: np.ndarray, padding: int, size: int) ->
     # Every row of every crop is one run of `size` bytes: indexing overlapping windows copies them run by run.
     windows = padded.view(-1).unfold(0, size, 1)
     return windows.index_select(0, (rows * width + x.view(n, 1, 1)).view(-1)).view(n, channels, size, size)
+
+
+def crop_boxes(
+    seed: int, draw: int, ids: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float], size: int
+) -> np.ndarray:
+    """Random parts of size x size images, (B, 4) int64 as (top, left, bottom, right), for `resized_crop`.
+
+    Inception's crop (Szegedy et al. 2014) as torchvision's RandomResizedCrop draws it: an area within `scale` of the
+    image's, an aspect ratio within `ratio` (log uniform), the first of ten attempts that fits; else the largest
+    central part whose ratio is allowed. Whether one fits does not depend on the size, so that views of a draw agree.
+    """
+    u_h, u_w = np.ones(len(ids)), np.ones(len(ids))  # height and width as parts of the image's
+    if ratio[0] > 1:
+        u_h /= ratio[0]
+    elif ratio[1] < 1:
+        u_w *= ratio[1]
+    top, left = (1 - u_h) / 2, (1 - u_w) / 2
+    open_ = np.ones(len(ids), dtype=bool)
+    for attempt in range(BOX_ATTEMPTS):
+        area, aspect, y, x = (
+            uniform(seed, draw, ids, stream + 100 * attempt) for stream in (BOX_AREA, BOX_RATIO, BOX_Y, BOX_X)
+        )
+        area = scale[0] + (scale[1] - scale[0]) * area
+        aspect = np.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * aspect)
+        h, w = np.sqrt(area / aspect), np.sqrt(area * aspect)
+        found = open_ & (h <= 1) & (w <= 1)
+        for values, new in ((u_h, h), (u_w, w), (top, (1 - h) * y), (left, (1 - w) * x)):
+            values[found] = new[found]
+        open_ &= ~found
+    tall, wide = (np.maximum(np.round(u * size), 1).astype(np.int64) for u in (u_h, u_w))
+    first, second = (
+        np.minimum(np.floor(start * size + 0.5).astype(np.int64), size - length)
+        for start, length in ((top, tall), (left, wide))
+    )
+    return np.stack([first, second, first + tall, second + wide], axis=1)
+
+
+def resized_crop(
+    images: Tensor, boxes: np.ndarray, size: int, interpolation: Literal["bilinear", "bicubic"]
+) -> Tensor:
+    """Parts `boxes` (B, 4) of images (B, C, S, S) uint8 -> (B, C, size, size), antialiased, one by one."""
+    how = InterpolationMode(interpolation)
+    parts = (
+        tvf.resized_crop(image, y, x, bottom - y, right - x, [size, size], how, antialias=True)
+        for image, (y, x, bottom, right) in zip(images, boxes.tolist(), strict=True)
+    )
+    return torch.stack([*parts])
 
 
 def flip_mask(seed: int, draw: int, ids: np.ndarray) -> np.ndarray:
@@ -132,99 +180,6 @@ def erase(images: Tensor, boxes: np.ndarray) -> Tensor:
 def scale_boxes(boxes: np.ndarray, size: int, to: int) -> np.ndarray:
     """Boxes of a size x size image on a to x to image of the same view, rounded to pixels."""
     return np.round(boxes * (to / size)).astype(np.int64)
-
-
-# ---- AutoAugment
-
-# Cubuk et al. 2019, table 7 (CIFAR-10): pairs of (operation, probability, magnitude 0 to 9).
-CIFAR10_POLICY: tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...] = (
-    (("invert", 0.1, 0), ("contrast", 0.2, 6)),
-    (("rotate", 0.7, 2), ("translate_x", 0.3, 9)),
-    (("sharpness", 0.8, 1), ("sharpness", 0.9, 3)),
-    (("shear_y", 0.5, 8), ("translate_y", 0.7, 9)),
-    (("autocontrast", 0.5, 0), ("equalize", 0.9, 0)),
-    (("shear_y", 0.2, 7), ("posterize", 0.3, 7)),
-    (("color", 0.4, 3), ("brightness", 0.6, 7)),
-    (("sharpness", 0.3, 9), ("brightness", 0.7, 9)),
-    (("equalize", 0.6, 0), ("equalize", 0.5, 0)),
-    (("contrast", 0.6, 7), ("sharpness", 0.6, 5)),
-    (("color", 0.7, 7), ("translate_x", 0.5, 8)),
-    (("equalize", 0.3, 0), ("autocontrast", 0.4, 0)),
-    (("translate_y", 0.4, 3), ("sharpness", 0.2, 6)),
-    (("brightness", 0.9, 6), ("color", 0.2, 8)),
-    (("solarize", 0.5, 2), ("invert", 0.0, 0)),
-    (("equalize", 0.2, 0), ("autocontrast", 0.6, 0)),
-    (("equalize", 0.2, 0), ("equalize", 0.6, 0)),
-    (("color", 0.9, 9), ("equalize", 0.6, 0)),
-    (("autocontrast", 0.8, 0), ("solarize", 0.2, 8)),
-    (("brightness", 0.1, 3), ("color", 0.7, 0)),
-    (("solarize", 0.4, 5), ("autocontrast", 0.9, 0)),
-    (("translate_y", 0.9, 9), ("translate_y", 0.7, 9)),
-    (("autocontrast", 0.9, 0), ("solarize", 0.8, 3)),
-    (("equalize", 0.8, 0), ("invert", 0.1, 0)),
-    (("translate_y", 0.7, 9), ("autocontrast", 0.9, 0)),
-)
-
-
-def auto_augment(images: Tensor, seed: int, draw: int, ids: np.ndarray, probability: float) -> Tensor:
-    """AutoAugment's CIFAR-10 policy on images (B, 3, H, W) uint8, each with `probability` (1: always).
-
-    torchvision's class draws from torch's global generator, which dropout in the training thread advances
-    too; this one draws by sample id, and runs each operation once for all the images that drew it.
-    """
-    used = uniform(seed, draw, ids, POLICY_USED) < probability
-    policy = (uniform(seed, draw, ids, POLICY) * len(CIFAR10_POLICY)).astype(np.int64)
-    for half in (0, 1):
-        chance = np.array([pair[half][1] for pair in CIFAR10_POLICY])[policy]
-        applied = used & (uniform(seed, draw, ids, POLICY_APPLY[half]) < chance)
-        negative = uniform(seed, draw, ids, POLICY_SIGN[half]) < 0.5
-        groups: dict[tuple[str, int, bool], list[int]] = {}
-        for i in np.flatnonzero(applied):
-            name, _, level = CIFAR10_POLICY[policy[i]][half]
-            groups.setdefault((name, level, bool(negative[i])), []).append(int(i))
-        for (name, level, minus), members in groups.items():
-            index = torch.tensor(members, device=images.device)
-            changed = policy_operation(images.index_select(0, index), name, level, minus)
-            images = images.index_copy(0, index, changed)
-    return images
-
-
-def policy_operation(images: Tensor, name: str, level: int, negative: bool = False) -> Tensor:
-    """One AutoAugment operation at magnitude `level` (0 to 9) on images (B, 3, H, W) uint8."""
-
-    def amount(top: float) -> float:  # in float32 as torchvision has it: pixels are truncated, a hair decides
-        return (-1 if negative else 1) * float(torch.linspace(0.0, top, 10)[level])
-
-    shift = 150.0 / 331.0 * images.shape[-1]
-    match name:
-        case "shear_y":
-            angle = math.degrees(math.atan(amount(0.3)))
-            return tvf.affine(images, 0.0, [0, 0], 1.0, [0.0, angle], center=[0, 0])
-        case "translate_x":
-            return tvf.affine(images, 0.0, [int(amount(shift)), 0], 1.0, [0.0, 0.0])
-        case "translate_y":
-            return tvf.affine(images, 0.0, [0, int(amount(shift))], 1.0, [0.0, 0.0])
-        case "rotate":
-            return tvf.rotate(images, amount(30.0))
-        case "brightness":
-            return tvf.adjust_brightness(images, 1 + amount(0.9))
-        case "color":
-            return tvf.adjust_saturation(images, 1 + amount(0.9))
-        case "contrast":
-            return tvf.adjust_contrast(images, 1 + amount(0.9))
-        case "sharpness":
-            return tvf.adjust_sharpness(images, 1 + amount(0.9))
-        case "posterize":
-            return tvf.posterize(images, round(8 - 4 * level / 9))
-        case "solarize":
-            return tvf.solarize(images, 255 * float(torch.linspace(1.0, 0.0, 10)[level]))
-        case "autocontrast":
-            return tvf.autocontrast(images)
-        case "equalize":
-            return tvf.equalize(images)
-        case "invert":
-            return tvf.invert(images)
-    raise ValueError(f"no AutoAugment operation is called {name!r}")
 
 
 # ---- MixUp and CutMix

@@ -81,6 +81,7 @@ class Loader:
         least: int = 1,
     ) -> None:
         self.view, self.resolution = view, view.resolution
+        self.repeats = view.augment.repeats if view.augment is not None else 1
         self.batch, self.seed, self.share, self.least = batch, seed, share, least
         self.device, self.workers = torch.device(work.device), max(work.workers, 1)
         self.classes = len(data.manifest.classes)
@@ -152,7 +153,7 @@ class Loader:
         """Ids and positions, ascending, of the share's samples at a step, and the size of the global batch."""
         rows = self._rows(epoch, step)
         own = np.sort(np.concatenate([self._own(len(rows), part)[0] for part in self.share.own]))
-        return self.ids[rows[own]], own, len(rows)
+        return self.ids[rows[own] // self.repeats], own, len(rows)
 
     def _steps(
         self,
@@ -181,9 +182,16 @@ class Loader:
         return [self._slice(epoch, step, rows, part) for part in self.share.own]
 
     def _rows(self, epoch: int, step: int) -> np.ndarray:
-        """The global batch."""
+        """The global batch, each as row * repeats + which of its repeats: the row, where each comes once."""
         shuffle = self.view.augment is not None
-        return sampler.global_batch(self.seed, epoch, step, len(self), self.batch, shuffle, self.least)
+        bounds = (len(self), self.batch, self.least)
+        if self.repeats == 1:
+            return sampler.global_batch(self.seed, epoch, step, *bounds[:2], shuffle, self.least)
+        start, stop = sampler.bounds(*bounds)[step : step + 2]
+        at = np.arange(start, stop)
+        return (
+            sampler.order(self.seed, epoch, len(self))[at // self.repeats] * self.repeats + at % self.repeats
+        )
 
     def _at(self, epoch: int, step: int) -> Views:
         """What is seen at a step."""
@@ -204,14 +212,14 @@ class Loader:
         if augment and augment.mixes:
             images, full, soft_labels = self._mixed(views, draw, step, rows, own)
         else:
-            images, full = views.take(draw, rows[own])
+            images, full = self._look(views, draw, rows[own])
             soft_labels = (
                 self._soft_labels(rows[own], rows[own], [1.0]) if augment and augment.smoothing else None
             )
         return Batch(
-            ids=self.ids[rows[own]],
+            ids=self.ids[rows[own] // self.repeats],
             images=images,
-            labels=self._tensor(self.labels[rows[own]]),
+            labels=self._tensor(self.labels[rows[own] // self.repeats]),
             soft_labels=soft_labels,
             weight=torch.full((len(own),), weight).to(self.device),
             positions=torch.from_numpy(own),
@@ -222,6 +230,18 @@ class Loader:
             draw=draw,
         )
 
+    def _look(self, views: Views, draw: int, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """Images and full images of what `_rows` gives: repeat k of a sample is draw + k * 2^32 of it."""
+        if self.repeats == 1:
+            return views.take(draw, rows)
+        at = [np.flatnonzero(rows % self.repeats == k) for k in range(self.repeats)]
+        taken = [views.take(draw + (k << 32), rows[i] // self.repeats) for k, i in enumerate(at) if len(i)]
+        back = self._tensor(np.argsort(np.concatenate(at)))
+        images = torch.cat([image for image, _ in taken])[back]
+        if taken[0][1] is None or taken[0][1] is taken[0][0]:
+            return images, None if taken[0][1] is None else images
+        return images, torch.cat([full for _, full in taken if full is not None])[back]
+
     def _mixed(
         self, views: Views, draw: int, step: int, rows: np.ndarray, own: np.ndarray
     ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -231,7 +251,7 @@ class Loader:
         # Partners are loaded by the rank that needs them; a world of one may have them in its batch already.
         loaded = np.union1d(samples, partners)
         at, partner_at = (self._tensor(np.searchsorted(loaded, each)) for each in (samples, partners))
-        seen, full = views.take(draw, loaded)
+        seen, full = self._look(views, draw, loaded)
         images = aug.apply_mix(seen[at], seen[partner_at], mix)
         if full is seen:
             full = images
@@ -258,7 +278,9 @@ class Loader:
 
     def _soft_labels(self, rows: np.ndarray, partners: np.ndarray, lam: list[float]) -> Tensor:
         assert self.view.augment is not None
-        labels, partner_labels = (self._tensor(self.labels[each]) for each in (rows, partners))
+        labels, partner_labels = (
+            self._tensor(self.labels[each // self.repeats]) for each in (rows, partners)
+        )
         return aug.soft_labels(
             labels, partner_labels, np.array(lam), self.classes, self.view.augment.smoothing
         )

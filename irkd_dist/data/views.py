@@ -6,13 +6,15 @@ A view's draw of a sample is a function of (seed, draw, sample id) and the shard
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from irkd_dist.data import augment as aug
+from irkd_dist.data import policies
 from irkd_dist.data.decoded import Dataset, Images, Work
 from irkd_dist.data.recipe import Augment
 from irkd_dist.data.shards import Manifest, Mode
@@ -38,8 +40,10 @@ class View:
 
     @property
     def window(self) -> bool:
-        """Whether a part of the stored image is seen."""
-        return self.centre_crop if self.augment is None else self.mode == "crop"
+        """Whether a part of the stored image is seen, at its scale."""
+        if self.augment is None:
+            return self.centre_crop
+        return self.mode == "crop" and self.augment.crop == "padded"
 
     def stored(self, manifest: Manifest) -> tuple[int, int | None]:
         """The stored resolutions that the image and the full image are made of.
@@ -103,9 +107,7 @@ class Views:
     def key(self) -> dict[str, Any]:
         """Plain values that, with the shards' digest, decide a sample's image at a draw."""
         view, manifest = self.view, self._data.manifest
-        augment = None if view.augment is None else asdict(view.augment)
-        if augment:
-            augment.pop("draws")  # which draws there are is no part of what one looks like
+        augment = None if view.augment is None else json.loads(json.dumps(view.augment.key()))
         return {
             "version": VERSION,
             "split": self._data.split,
@@ -126,13 +128,27 @@ class Views:
         if augment is None:
             return aug.centre_crop(images, size) if self.view.centre_crop else aug.resize(images, size)
         ids, padding = source.ids[rows], augment.padding_of(source.size)
-        if padding or source.size != size:
+        if augment.crop == "resized":
+            boxes = aug.crop_boxes(self.seed, draw, ids, augment.scale, augment.ratio, source.size)
+            images = aug.resized_crop(images, boxes, size, augment.interpolation)
+        elif padding or source.size != size:
             offsets = aug.crop_offsets(self.seed, draw, ids, padding, size, source.size)
             images = aug.random_crop(images, offsets, padding, size)
         if augment.flip:
             images = aug.flip(images, aug.flip_mask(self.seed, draw, ids))
+        return self._recoloured(images, augment, draw, ids)
+
+    def _recoloured(self, images: Tensor, augment: Augment, draw: int, ids: np.ndarray) -> Tensor:
+        at = (self.seed, draw, ids)
         if augment.auto_augment > 0:
-            images = aug.auto_augment(images, self.seed, draw, ids, augment.auto_augment)
+            images = policies.auto_augment(images, *at, augment.auto_augment, augment.policy)
+        if augment.rand_augment:
+            images = policies.rand_augment(images, *at, augment.rand_augment, augment.magnitude)
+        if augment.three_augment > 0:
+            images = policies.three_augment(images, *at, augment.three_augment)
+        if augment.colour_jitter or augment.hue:
+            own = augment.colour_jitter
+            images = policies.colour_jitter(images, *at, (own, own, own, augment.hue))
         return images
 
     def _finish(self, pixels: Tensor, draw: int, rows: np.ndarray) -> Tensor:

@@ -255,7 +255,7 @@ class CachedTeacher:
         for i in range(rounds):
             own = rows[i * self._chunk : (i + 1) * self._chunk]
             filling = np.full(self._chunk - len(own), own[0] if len(own) else 0)
-            index = torch.from_numpy(np.concatenate([own, filling])).to(images.device)
+            index = _to(np.concatenate([own, filling]), images.device)
             said = self.teacher(images[index], target[index], self._chunk if maps else 0)
             assert said.logits is not None
             if len(own):
@@ -282,7 +282,7 @@ class CachedTeacher:
         layout = Layout(tuple(a.shape[1] for a in arrays), FORMS[self._storage][kind])
         left = layout.decode(layout.encode(arrays))
         self.errors[kind] = max(self.errors[kind], *(_error(a, b) for a, b in zip(arrays, left, strict=True)))
-        return [torch.from_numpy(a).to(p.device) for a, p in zip(left, parts, strict=True)]
+        return [_to(a, p.device) for a, p in zip(left, parts, strict=True)]
 
     def _keep(self, draw: int, ids: np.ndarray, said: Targets) -> None:
         if self.writer is None or self.writer.stopped or said.logits is None:
@@ -294,7 +294,7 @@ class CachedTeacher:
         for store, (values, form) in answers:
             free = store.claim(draw, ids)
             if free.any():
-                own = torch.from_numpy(np.flatnonzero(free)).to(values.device)
+                own = _to(np.flatnonzero(free), values.device)
                 self.writer.put(store, form, draw, ids[free], [values[own]])
 
 
@@ -323,9 +323,9 @@ def _assemble(
     result = torch.empty(size, length, dtype=said[0][1].dtype, device=device)
     there = np.flatnonzero(at >= 0)
     if len(there):
-        result[torch.from_numpy(there).to(device)] = _to(kept[0][at[there]], device)
+        result[_to(there, device)] = _to(kept[0][at[there]], device)
     for rows, values in said:
-        result[torch.from_numpy(rows).to(device)] = values
+        result[_to(rows, device)] = values
     return result
 
 

@@ -174,9 +174,18 @@ def _data(config: Config) -> str:
 def _augmentation(config: Config) -> str:
     spec = config.augment
     parts = [f"crop with {spec.padding} px padding"] if spec.padding else []
+    if spec.crop == "resized":
+        parts = [f"random part of {spec.scale[0]:g} to {spec.scale[1]:g} of the image, resized"]
     parts += ["flip"] if spec.flip else []
-    named = {"auto_augment": "AutoAugment", "erase": "erasing", "mixup": "MixUp", "cutmix": "CutMix"}
+    parts += [f"RandAugment {spec.rand_augment} x {spec.magnitude}"] if spec.rand_augment else []
+    named = {
+        "auto_augment": f"AutoAugment ({spec.policy})" if spec.policy != "cifar10" else "AutoAugment",
+        "three_augment": "3-Augment", "colour_jitter": "colour jitter", "hue": "hue jitter",
+        "erase": "erasing", "mixup": "MixUp", "cutmix": "CutMix",
+    }  # fmt: skip
     parts += [f"{label} {getattr(spec, key):g}" for key, label in named.items() if getattr(spec, key)]
     parts += [f"label smoothing {spec.smoothing:g}"] if spec.smoothing else []
+    parts += [f"each image {spec.repeats} times in a batch"] if spec.repeats > 1 else []
+    parts += ["other settings in some stages"] if any(s.augment for s in configuration.stages(config)) else []
     parts += [f"{spec.draws} draws of each image, again and again"] if spec.draws else []
     return ", ".join(parts) or "none"

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from irkd_dist import checkpoint, runfolder
+from irkd_dist import checkpoint
 from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.data.loader import Batch, Loader
@@ -183,7 +183,7 @@ def _origin(parts: Parts, stage: int) -> tuple[dict[str, Any], str]:
     assert parts.teacher is not None
     if folder is not None:
         state = checkpoint.load_state(Path(folder))
-        return dict(state["model"]), state["sha256"][runfolder.STUDENT]
+        return dict(state["model"]), restore.teacher_digest(state, parts.config)
     assert spec.model is not None
     model = {k: v for k, v in asdict(spec.model).items() if k not in ("weights", "pretrained")}
     model["image_size"] = spec.model.image_size or max(parts.manifest.resolutions)

@@ -65,12 +65,13 @@ def summarize(parts: Parts, folder: Path, tracker: Tracker, position: Position) 
         summary = {k: v for k, v in done.items() if k not in ("event", "step", "time")}
     elif "test" in manifest.splits:
         with build.evaluation_loader(parts.config, manifest, engine, "test", resolution) as loader:
-            summary["test_accuracy_last"] = metrics.accuracy(
-                engine, parts.student, loader, "the student", tracker
-            )
+            last, last_raw = metrics.judge(engine, parts.student, loader, tracker)
             if position.curriculum.best_checkpoint is not None:  # else it is lost, and the last stands for it
                 restore.load_into(engine, folder / position.curriculum.best_checkpoint, moments=False)
-            summary["test_accuracy"] = metrics.accuracy(engine, parts.student, loader, "the student", tracker)
+            best, best_raw = metrics.judge(engine, parts.student, loader, tracker)
+        summary |= {"test_accuracy_last": last, "test_accuracy": best}
+        if best_raw is not None:  # of the weights that were trained, beside those of their average
+            summary |= {"test_accuracy_last_raw": last_raw, "test_accuracy_raw": best_raw}
     events = eventlog.read_events(folder)
     if done is None:
         summary["val_accuracy"] = position.curriculum.best_accuracy

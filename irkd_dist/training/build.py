@@ -102,6 +102,8 @@ def build(config: Config, engine: Engine) -> Parts:
         config, engine, manifest, plan, student, module, optimizer, teacher,
         answers.cached(config, engine, teacher), taps, identity, notes,
     )  # fmt: skip
+    if config.optim.ema is not None:
+        engine.follow()
     if engine.settles and engine.world > 1:
         preflight.settle(parts)
     return parts
@@ -123,9 +125,10 @@ def train_loader(parts: Parts, stage: StagePlan, carried: Share) -> Loader:
     config, engine, manifest, data = parts.config, parts.engine, parts.manifest, parts.config.data
     micro_batches = carried.parts * config.optim.accumulate
     full = max(manifest.resolutions) if full_view(config) else None
+    augment = configuration.stage_augment(config, configuration.stages(config)[stage.number])
     return Loader(
         Dataset(Path(data.shards), manifest, "train", data.subset, verify="size"),
-        View(stage.resolution, config.augment, full, manifest.mode),
+        View(stage.resolution, augment, full, manifest.mode),
         scales=stage.multiscale, batch=stage.batch, seed=config.seed, share=carried, work=_work(config, engine),
         least=2 * micro_batches if models.has_batch_norm(parts.student) else 1,
     )  # fmt: skip
@@ -213,12 +216,12 @@ def _objective(config: Config, taps: list[str]) -> Objective:
 def _plan(config: Config, stages: list[Stage], teachers: list[Path | None]) -> curriculum.Plan:
     start_from = config.curriculum.start_from if config.curriculum is not None else "last"
     planned = []
-    for s, teacher in zip(stages, teachers, strict=True):
+    for i, (s, teacher) in enumerate(zip(stages, teachers, strict=True)):
         batch = configuration.stage_batch(config, s.resolution)
         lr = configuration.stage_lr(config, s)
         ends = (s.epochs or 1, s.min_epochs or 1, s.patience, s.target, s.minutes, s.tokens)
         planned.append(
-            StagePlan(s.resolution, batch, lr, *ends, str(teacher) if teacher else None, tuple(s.multiscale))
+            StagePlan(s.resolution, batch, lr, *ends, str(teacher) if teacher else None, (*s.multiscale,), i)
         )
     return curriculum.Plan(tuple(planned), config.optim.policy, start_from)
 
@@ -278,7 +281,7 @@ def _teacher_folders(
             folders[i] = checkpoint.find(Path(stage.teacher))[0]
     named = (f"{s.resolution} px: {f}" for s, f in zip(stages, folders, strict=True))
     notes = ["teacher checkpoints by stage: " + ", ".join(named)] if len(set(folders)) > 1 else []
-    return folders, restore.teachers_digest(folders), notes
+    return folders, restore.teachers_digest(folders, config), notes
 
 
 def _no_folders(stages: list[Stage]) -> list[Path | None]:

@@ -21,6 +21,7 @@ class StagePlan:
     tokens: float | None = None  # patch tokens that the student sees in this stage
     teacher: str | None = None  # checkpoint folder
     multiscale: tuple[int, ...] = ()  # a step's resolution is drawn from these and `resolution`
+    number: int = 0  # among the stages
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.distill.module import Distiller
 from irkd_dist.errors import Passing, UserError
-from irkd_dist.training import virtual
+from irkd_dist.training import optim, virtual
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COLLECTIVE_TIMEOUT = timedelta(
@@ -62,6 +62,8 @@ class Engine:
         self.student: nn.Module = nn.Identity()
         self.optimizer: torch.optim.Optimizer
         self.shapes: dict[str, torch.Size] = {}  # of the student's weights, before they are sharded
+        # moving average of `_live`, spread over the processes as that is; None: none is kept
+        self.average: list[Tensor] | None = None
         self._clip: float | None = None
 
     def prepare(
@@ -155,6 +157,36 @@ class Engine:
         # in the parameter's layout: a fused kernel walks through both at once, whatever their strides are
         return torch.empty_like(parameter).copy_(value)
 
+    def follow(self) -> None:
+        """Begin a moving average of the student's weights and buffers at what they are."""
+        self.average = [value.detach().clone() for value in self._live()]
+
+    @torch.no_grad()
+    def move_average(self, decay: float, skipped: Tensor) -> None:
+        """Move the average towards the weights, unless the step was not taken: `skipped` is what `step` returned."""
+        assert self.average is not None
+        optim.move_average(self.average, self._live(), (1 - skipped) * (1 - decay))
+
+    @contextmanager
+    def averaged(self):
+        """Inside, the student has the averaged weights, if there are any. Every process must enter it."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for average, live in zip(self.average, self._live(), strict=True) if self.average else ():
+            kept = live.clone()
+            live.copy_(average)
+            average.copy_(kept)
+
+    def _live(self) -> list[Tensor]:
+        """The weights and buffers that this process steps."""
+        return [*self.student.state_dict().values()]
+
     def finish(self) -> None:
         """Leave the process group, if it is this engine's own."""
         if self.owns_group and dist.is_initialized():
@@ -230,6 +262,10 @@ class Fsdp2(Engine):
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
         return self._full(named)
+
+    def _live(self) -> list[Tensor]:
+        release(self.student)
+        return [v.to_local() if isinstance(v, DTensor) else v for v in super()._live()]
 
     def _full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result = {}
@@ -369,14 +405,32 @@ class Zero(Engine):
         for name, buffer in self.student.named_buffers():
             buffer.copy_(weights[name])
         parameters = dict(self.student.named_parameters())
-        gathered = import_deepspeed().zero.GatheredParameters(list(parameters.values()), modifier_rank=0)
-        with torch.no_grad(), gathered:
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
+        self._put(weights)
         for name, parameter in parameters.items():  # and the partition that the optimizer steps
             (theirs, ours), flat = self._partition(parameter)
             assert flat is not None
             flat.data[ours] = weights[name].flatten()[theirs].to(self.device)
+
+    @torch.no_grad()
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        """Give stage 3's module full weights; rank 0's count."""
+        parameters = dict(self.student.named_parameters())
+        gathered = import_deepspeed().zero.GatheredParameters(list(parameters.values()), modifier_rank=0)
+        with gathered:
+            for name, parameter in parameters.items():
+                if name in weights:
+                    parameter.copy_(weights[name])
+
+    def _live(self) -> list[Tensor]:
+        if self._stage < 3:
+            return super()._live()
+        partitions = self._deepspeed.optimizer.fp32_partitioned_groups_flat
+        return [*(p.detach() for p in partitions), *self.student.buffers()]
+
+    def _exchange(self) -> None:
+        super()._exchange()
+        if self._stage == 3 and self.average is not None:
+            self._put(self.weights())  # those that forward gathers; `weights` is of the partitions
 
     def moments(self) -> dict[str, Tensor]:
         if self._stage == 0:

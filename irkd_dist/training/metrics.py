@@ -77,6 +77,16 @@ def accuracy(
     return right / count
 
 
+def judge(engine: Engine, model: nn.Module, loader: Loader, tracker: Tracker) -> tuple[float, float | None]:
+    """The accuracy that counts: of the averaged weights where optim.ema keeps some, and then that of the others."""
+    own = accuracy(engine, model, loader, "the student", tracker)
+    if engine.average is None:
+        return own, None
+    with engine.averaged():
+        distributed.share_buffers(engine, model)
+        return accuracy(engine, model, loader, "the student's averaged weights", tracker), own
+
+
 def bar_text(means: dict[str, float], rate: float, best: float) -> str:
     """The losses of the last lines beside a progress bar."""
     terms = "  ".join(f"{k} {means[k]:.3f}" for k in ("ce", "kd", "saliency") if k in means)

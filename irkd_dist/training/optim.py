@@ -6,7 +6,7 @@ import math
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -51,6 +51,26 @@ def lr_factor(
 def rewarm_factor(step: int, steps: int) -> float:
     """Linear warm-up over the first `steps` steps of a stage (policy `rewarm`); 1 after them."""
     return min((step + 1) / steps, 1.0)
+
+
+def ema_decay(decay: float, warmup: bool, step: int) -> float:
+    """Decay of the moving average at `step` (0-based), as timm's ModelEmaV3 with its defaults has it.
+
+    0 at the first: the average begins with the weights after it.
+    """
+    if step == 0:
+        return 0.0
+    return min(decay, 1 - (1 + step) ** (-2 / 3)) if warmup else decay
+
+
+def move_average(average: list[Tensor], live: list[Tensor], weight: Tensor) -> None:
+    """average += weight * (live - average) in place; what is no floating-point number is copied. weight: a scalar."""
+    pairs = [(a, b) for a, b in zip(average, live, strict=True) if a.is_floating_point()]
+    ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
+    torch._foreach_lerp_(ours, theirs, [weight] * len(pairs))  # type: ignore[attr-defined]
+    for a, b in zip(average, live, strict=True):
+        if not a.is_floating_point():
+            a.copy_(b)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -52,7 +52,7 @@ def newest(
         return folder.name if folder else None, skipped, found.state
 
     name, skipped, state = distributed.on_main(engine, look)
-    return name, checkpoint.Content(found.student, found.optimizer, state), skipped
+    return name, replace(found, state=state), skipped
 
 
 def resume(parts: Parts, content: checkpoint.Content, skipped: list[str], extend: bool) -> Resumed:
@@ -72,7 +72,7 @@ def resume(parts: Parts, content: checkpoint.Content, skipped: list[str], extend
         _check_extension(before, _stages(own))
         teachers = [stage.teacher for stage in parts.plan.stages[: len(before)]]
         if None not in teachers:
-            same_teacher = teachers_digest(teachers)  # of the stages that there were
+            same_teacher = teachers_digest(teachers, parts.config)  # of the stages that there were
     changed = [c for c in changed if c not in extended]
     for key, present, name in (
         ("data_digest", parts.identity["data_digest"], "data"),
@@ -128,8 +128,17 @@ def precision(engine: Engine, config: Config, state: dict[str, Any]) -> torch.dt
 
 
 def load(engine: Engine, content: checkpoint.Content, moments: bool = True) -> None:
-    """Give rank 0's weights and, with `moments`, its moments to the live student and optimizer of all processes."""
+    """Give rank 0's weights and, with `moments`, its moments to the live student and optimizer of all processes.
+
+    So its averaged weights, where a moving average is kept; without any it begins anew at the weights.
+    """
+    average = distributed.broadcast_tensors(engine, content.average) if engine.average is not None else {}
+    if average:
+        engine.load_weights(average)
+        engine.follow()
     engine.load_weights(distributed.broadcast_tensors(engine, content.student))
+    if engine.average is not None and not average:
+        engine.follow()
     if moments:
         engine.load_moments(distributed.broadcast_tensors(engine, content.optimizer))
 
@@ -151,8 +160,12 @@ def load_into(engine: Engine, folder: Path, moments: bool = True) -> dict[str, A
 
 def snapshot(parts: Parts, position: Position) -> checkpoint.Content:
     """All of a checkpoint, on the CPU of rank 0; every rank must call it."""
-    weights, moments = parts.engine.weights(), parts.engine.moments()
-    return checkpoint.Content(weights, moments, {**position.state_dict(), **parts.identity})
+    engine, average = parts.engine, {}
+    weights, moments = engine.weights(), engine.moments()
+    if engine.average is not None:
+        with engine.averaged():
+            average = engine.weights()
+    return checkpoint.Content(weights, moments, {**position.state_dict(), **parts.identity}, average)
 
 
 def load_stage_teacher(parts: Parts, stage: int) -> None:
@@ -164,7 +177,7 @@ def load_stage_teacher(parts: Parts, stage: int) -> None:
     content: dict[str, Tensor] = {}
 
     def read() -> None:
-        content.update(checkpoint.load_student(Path(folder)))
+        content.update(checkpoint.load_student(Path(folder), _averaged(parts.config)))
 
     distributed.on_main(parts.engine, read)
     weights, where = (
@@ -233,7 +246,16 @@ def _extended(position: Position, parts: Parts, before: list[tuple[Stage, int]])
     return replace(position.next_stage(done.best_checkpoint), curriculum=state, finished=False)
 
 
-def teachers_digest(folders: Sequence[str | Path | None]) -> str:
+def teachers_digest(folders: Sequence[str | Path | None], config: Config) -> str:
     """Of the weights in the stages' teacher checkpoints."""
-    states = [checkpoint.load_state(Path(f))["sha256"][checkpoint.STUDENT] if f else None for f in folders]
-    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
+    digests = [teacher_digest(checkpoint.load_state(Path(f)), config) if f else None for f in folders]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
+
+
+def teacher_digest(state: dict[str, Any], config: Config) -> str:
+    """Of the weights that a teacher's checkpoint gives."""
+    return state["sha256"][checkpoint.weights_file(state, _averaged(config))]
+
+
+def _averaged(config: Config) -> bool:
+    return config.teacher is None or config.teacher.averaged

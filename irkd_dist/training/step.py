@@ -62,6 +62,8 @@ def take(parts: Parts, batches: list[Batch], alpha: float, gamma: float, step: i
             after = _flat(buffers)
     skipped = engine.step()
     _put(buffers, [torch.where(skipped > 0, old, new) for old, new in zip(before, after, strict=True)])
+    if (ema := config.optim.ema) is not None:
+        engine.move_average(optim.ema_decay(ema.decay, ema.warmup, step), skipped)
     return Taken(terms, skipped, mine, sum((b.weight > 0).sum() for b in batches))
 
 
@@ -184,7 +186,9 @@ def _nothing(batch: Batch) -> Batch:
 
 
 def _rows(batch: Batch, index: Tensor, weight: float | None = None) -> Batch:
-    on = index.to(batch.images.device)
+    device = batch.images.device
+    # from pageable memory the copy would wait for the device
+    on = index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
     return replace(
         batch,
         ids=batch.ids[index.numpy()],

@@ -133,7 +133,7 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
         curriculum.to_be_judged(parts.plan, before, parts.config.eval_every, run.position.seconds, tokens),
     )
     distributed.share_buffers(engine, parts.student)
-    accuracy = metrics.accuracy(engine, parts.student, validation, "the student", tracker) if judged else None
+    accuracy, raw = metrics.judge(engine, parts.student, validation, tracker) if judged else (None, None)
     sums = torch.tensor(run.position.sums, device=engine.device)
     means, images = metrics.means(engine, sums, parts.config.loss)
     seconds = time.perf_counter() - started
@@ -146,10 +146,14 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
         epoch=run.position.epoch + 1, stage_epoch=before.epoch + 1, split=build.held_out(parts.manifest),
         accuracy=accuracy, best=decision.best, train_accuracy=means.pop("accuracy", None), train=means,
         data_wait_s=means.pop("wait_s"), images=images, seconds=seconds,
+        **({} if raw is None else {"accuracy_raw": raw}),
     )  # fmt: skip
     if accuracy is not None:
         tracker.metrics(at, {"val/accuracy": accuracy, "val/resolution": resolution})
         shown = f"{shown or 'no step taken'}  val {accuracy:.2%}{' *' if decision.best else ''}"
+        if raw is not None:
+            tracker.metrics(at, {"val/accuracy_raw": raw})
+            shown += f" averaged, {raw:.2%} raw"
     epochs = parts.plan.stages[before.stage].epochs
     tracker.say(f"{resolution:>4} px  epoch {before.epoch + 1:>3}/{epochs}  {shown}")
     if before.epoch == 0 or decision.action != "continue":

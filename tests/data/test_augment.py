@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from irkd_dist.data import augment as aug
+from irkd_dist.data import policies
 from irkd_dist.data.recipe import Augment
 from irkd_dist.data.sampler import uniform
 
@@ -123,20 +124,20 @@ def stock_auto_augment() -> v2.AutoAugment:
     return v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
 
 
-def test_policy_table_is_torchvisions():
+@pytest.mark.parametrize("name", policies.TABLES)
+def test_policy_tables_are_torchvisions(name):
+    stock = v2.AutoAugment(v2.AutoAugmentPolicy[name.upper()])
     theirs = [
-        tuple((name.lower(), p, level or 0) for name, p, level in pair)
-        for pair in stock_auto_augment()._policies
+        tuple((operation.lower(), p, level or 0) for operation, p, level in pair) for pair in stock._policies
     ]
-    ours = [
-        tuple((name.replace("_", ""), p, level) for name, p, level in pair) for pair in aug.CIFAR10_POLICY
-    ]
+    ours = [tuple((o.replace("_", ""), p, level) for o, p, level in pair) for pair in policies.TABLES[name]]
     assert ours == theirs
 
 
 @pytest.mark.parametrize("size", [32, 12])
 def test_each_operation_against_torchvision(size):
-    operations = sorted({(name, level) for pair in aug.CIFAR10_POLICY for name, _, level in pair})
+    tables = [*policies.TABLES.values()]
+    operations = sorted({(name, level) for table in tables for pair in table for name, _, level in pair})
     names = {name.lower(): name for name in v2.AutoAugment._AUGMENTATION_SPACE}
     images = pictures(4, size)
     for name, level in operations:
@@ -144,7 +145,7 @@ def test_each_operation_against_torchvision(size):
         stock._policies = [((names[name.replace("_", "")], 1.0, level), ("Invert", 0.0, None))]
         for image in images:
             # Which sign torchvision drew is not visible: both of ours must occur, and nothing else.
-            ours = [aug.policy_operation(image[None], name, level, sign)[0] for sign in (False, True)]
+            ours = [policies.operation(image[None], name, level, sign)[0] for sign in (False, True)]
             seen = set()
             for seed in range(12):
                 torch.manual_seed(seed)
@@ -157,16 +158,16 @@ def test_each_operation_against_torchvision(size):
 
 def test_auto_augment_against_a_loop_over_samples():
     images = pictures(len(IDS), 32)
-    ours = aug.auto_augment(images, 5, 2, IDS, 0.7)
+    ours = policies.auto_augment(images, 5, 2, IDS, 0.7)
     changed = 0
     for image, i, mine in zip(images, IDS, ours, strict=True):
         key, expected = np.array([i]), image[None]
-        if uniform(5, 2, key, aug.POLICY_USED)[0] < 0.7:
-            pair = aug.CIFAR10_POLICY[int(uniform(5, 2, key, aug.POLICY)[0] * 25)]
+        if uniform(5, 2, key, policies.POLICY_USED)[0] < 0.7:
+            pair = policies.CIFAR10[int(uniform(5, 2, key, policies.POLICY)[0] * 25)]
             for half, (name, chance, level) in enumerate(pair):
-                if uniform(5, 2, key, aug.POLICY_APPLY[half])[0] < chance:
-                    negative = uniform(5, 2, key, aug.POLICY_SIGN[half])[0] < 0.5
-                    expected = aug.policy_operation(expected, name, level, negative)
+                if uniform(5, 2, key, policies.POLICY_APPLY[half])[0] < chance:
+                    negative = uniform(5, 2, key, policies.POLICY_SIGN[half])[0] < 0.5
+                    expected = policies.operation(expected, name, level, negative)
         assert torch.equal(mine, expected[0])
         changed += not torch.equal(mine, image)
     assert 0.3 < changed / len(IDS) < 0.75
@@ -175,7 +176,7 @@ def test_auto_augment_against_a_loop_over_samples():
 def test_auto_augment_leaves_the_global_generator_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    aug.auto_augment(pictures(len(IDS), 12), 0, 0, IDS, 1.0)
+    policies.auto_augment(pictures(len(IDS), 12), 0, 0, IDS, 1.0)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -186,7 +187,7 @@ def test_augmentations_do_not_depend_on_the_batch():
     def run(rows: np.ndarray) -> torch.Tensor:
         ids = IDS[rows]
         out = aug.random_crop(images[rows], aug.crop_offsets(1, 2, ids, padding, size), padding, size)
-        out = aug.auto_augment(aug.flip(out, aug.flip_mask(1, 2, ids)), 1, 2, ids, 1.0)
+        out = policies.auto_augment(aug.flip(out, aug.flip_mask(1, 2, ids)), 1, 2, ids, 1.0)
         out = aug.normalize(out, (0.5, 0.4, 0.3), (0.2, 0.21, 0.22))
         return aug.erase(out, aug.erase_boxes(1, 2, ids, 0.5, size))
 
