@@ -99,42 +99,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"irkd_dist {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
+    # in the order of use: `irkd --help` lists them so
+    demo = _command(commands, "demo", "the whole job on synthetic images, in minutes")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"))
+    demo.set_defaults(call=_demo)
+
+    init = _command(commands, "init", "configurations, SLURM scripts, launchers and examples into a folder")
+    init.add_argument(
+        "folder", type=Path, metavar="DIR", help="your project; none of its files is written over"
+    )
+    init.set_defaults(call=_init)
+
     what = "images -> WebDataset shards at every resolution"
     render = _command(commands, "render", what, help_option=False)
     render_arguments.add_to(render)
     render.set_defaults(call=_render)
-
-    train = _command(commands, "train", "train a teacher or a student; the same command resumes")
-    train.add_argument("config", help="YAML file; those that ship with the package are named configs/...")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="or --key=value, as sweeps send it")
-    train.add_argument("--print-config", action="store_true", help="show the configuration and stop")
-    train.add_argument("--print-folder", action="store_true", help="show the run folder and stop")
-    more = "more epochs or stages than the run was started with, also if it is done"
-    train.add_argument("--extend", action="store_true", help=more)
-    train.set_defaults(call=_train)
 
     doctor = _command(commands, "doctor", "check machine, processes, data and one step before a run")
     doctor.add_argument("config", nargs="?", help="YAML file of the run to come; without: the machine only")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="or --key=value")
     doctor.add_argument("--slurm", action="store_true", help="on every node of this SLURM allocation")
     doctor.set_defaults(call=_doctor)
-
-    status = _command(commands, "status", "where a run stands: stage, speed, checkpoint, time left")
-    status.add_argument("run", type=Path, help="run folder, or a folder of them for a line each")
-    status.set_defaults(call=_status)
-
-    requeue = _command(commands, "requeue", "after a job of irkd train: is it to run again?")
-    requeue.add_argument("run", type=Path, help="run folder")
-    limit = "restarts in a row without a new checkpoint (default 3)"
-    requeue.add_argument("--limit", type=int, default=3, metavar="N", help=limit)
-    requeue.add_argument("--owner", metavar="ATTEMPT", help="refuse if the run folder's `owner` is another")
-    requeue.set_defaults(call=_requeue)
-
-    verify = _command(
-        commands, "verify", "check every file of shards, a run or a checkpoint; exit code 1 if one is bad"
-    )
-    verify.add_argument("path", type=Path, help="folder of shards, run folder or checkpoint")
-    verify.set_defaults(call=_verify)
 
     teach = _command(commands, "teach", "fill the teacher's cache ahead of a training")
     teach.add_argument("config", help="YAML file of the training; it names teacher.cache.folder")
@@ -145,17 +130,18 @@ def _parser() -> argparse.ArgumentParser:
     teach.add_argument("--epochs", type=int, metavar="N", help="the run's first N epochs only")
     teach.set_defaults(call=_teach)
 
-    cache = _command(commands, "cache", "what a teacher's cache holds, and for which runs")
-    cache.add_argument("folder", type=Path)
-    cache.add_argument(
-        "--verify", action="store_true", help="check every record; exit code 1 if one is damaged"
-    )
-    cache.add_argument("--prune", action="store_true", help="remove what killed processes left")
-    cache.add_argument("--older-than", type=float, metavar="DAYS", help="and what was not used for so long")
-    cache.add_argument(
-        "--keep-gib", type=float, metavar="N", help="and what was used longest ago, down to N GiB"
-    )
-    cache.set_defaults(call=_cache)
+    train = _command(commands, "train", "train a teacher or a student; the same command resumes")
+    train.add_argument("config", help="YAML file; those that ship with the package are named configs/...")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="or --key=value, as sweeps send it")
+    train.add_argument("--print-config", action="store_true", help="show the configuration and stop")
+    train.add_argument("--print-folder", action="store_true", help="show the run folder and stop")
+    more = "more epochs or stages than the run was started with, also if it is done"
+    train.add_argument("--extend", action="store_true", help=more)
+    train.set_defaults(call=_train)
+
+    status = _command(commands, "status", "where a run stands: stage, speed, checkpoint, time left")
+    status.add_argument("run", type=Path, help="run folder, or a folder of them for a line each")
+    status.set_defaults(call=_status)
 
     evaluate = commands.add_parser(
         "evaluate", help="accuracy at each resolution, saliency agreement, pointing game"
@@ -232,9 +218,36 @@ def _parser() -> argparse.ArgumentParser:
     _study_options(reproduce)
     reproduce.set_defaults(call=_reproduce)
 
-    demo = _command(commands, "demo", "the whole job on synthetic images, in minutes")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"))
-    demo.set_defaults(call=_demo)
+    verify = _command(
+        commands, "verify", "check every file of shards, a run or a checkpoint; exit code 1 if one is bad"
+    )
+    verify.add_argument("path", type=Path, help="folder of shards, run folder or checkpoint")
+    verify.set_defaults(call=_verify)
+
+    cache = _command(commands, "cache", "what a teacher's cache holds, and for which runs")
+    cache.add_argument("folder", type=Path)
+    cache.add_argument(
+        "--verify", action="store_true", help="check every record; exit code 1 if one is damaged"
+    )
+    cache.add_argument("--prune", action="store_true", help="remove what killed processes left")
+    cache.add_argument("--older-than", type=float, metavar="DAYS", help="and what was not used for so long")
+    cache.add_argument(
+        "--keep-gib", type=float, metavar="N", help="and what was used longest ago, down to N GiB"
+    )
+    cache.set_defaults(call=_cache)
+
+    requeue = _command(commands, "requeue", "after a job of irkd train: is it to run again?")
+    requeue.add_argument("run", type=Path, help="run folder")
+    limit = "restarts in a row without a new checkpoint (default 3)"
+    requeue.add_argument("--limit", type=int, default=3, metavar="N", help=limit)
+    requeue.add_argument("--owner", metavar="ATTEMPT", help="refuse if the run folder's `owner` is another")
+    requeue.set_defaults(call=_requeue)
+
+    completion = _command(
+        commands, "completion", "a script that completes commands and options in your shell"
+    )
+    completion.add_argument("shell", choices=["bash", "zsh"], help='bash: eval "$(irkd completion bash)"')
+    completion.set_defaults(call=_completion)
     return parser
 
 
@@ -495,6 +508,22 @@ def _predict(arguments: argparse.Namespace) -> int:
     if unread or missing:
         say(f"irkd: {len(unread) + len(missing)} of {len(found) + len(missing)} pictures could not be read")
     return 1 if unread or missing else 0
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from irkd_dist import project
+
+    written, kept = project.init(arguments.folder)
+    there = f", {kept} were there already" if kept else ""
+    print(f"{printable(str(arguments.folder))}: {written} files in {', '.join(project.FOLDERS)}{there}")
+    return 0
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    from irkd_dist import completion
+
+    print(completion.script(_parser(), arguments.shell), end="")
+    return 0
 
 
 def _study(arguments: argparse.Namespace) -> int:
