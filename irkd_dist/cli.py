@@ -456,8 +456,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         console.print(item, markup=False) if isinstance(item, str) else console.print(item)
     if model.gpus > 1:
         console.print(
-            f"of {model.gpus} devices: the batch divided at {model.efficiency:.0%} efficiency, gradients summed in a ring "
-            f"at {arguments.bandwidth:g} GB/s, half of it behind the backward", markup=False
+            f"of {model.gpus} devices: the batch divided at {model.efficiency:.0%} efficiency, gradients summed in a "
+            f"ring at {arguments.bandwidth:g} GB/s, half of it behind the backward", markup=False
         )  # fmt: skip
     return 0
 

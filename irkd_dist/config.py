@@ -636,7 +636,8 @@ def _with_defaults(values: Any) -> Any:
 def _with_patch(model: Any) -> Any:
     if not isinstance(model, dict):
         return model
-    return {"patch": PAPER_PATCH if model.get("name", Model.name) in PAPER_MODELS else None, **model}
+    ours = model.get("name", Model.name) in [*PAPER_MODELS]  # a list: the name may be anything
+    return {"patch": PAPER_PATCH if ours else None, **model}
 
 
 def _check_name(name: str | None, where: reading.Origin) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from irkd_dist import checkpoint, runfolder
+from irkd_dist import checkpoint, runfolder, typed
 from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.data import shards
@@ -66,7 +66,19 @@ def load(path: Path, which: str = "best", averaged: bool = True) -> Network:
     )  # fmt: skip
 
 
-def _create(arguments: dict[str, Any], folder: Path) -> nn.Module:
+_ARGUMENTS: dict[str, typed.Check] = {
+    "name": typed.is_text, "classes": typed.is_count, "patch": typed.optional(typed.is_count),
+    "image_size": typed.optional(typed.is_count), "distilled": lambda v: isinstance(v, bool),
+    "dropout": typed.is_number, "drop_path": typed.is_number, "options": typed.is_mapping,
+}  # fmt: skip
+
+
+def _create(arguments: Any, folder: Path) -> nn.Module:
+    problem = typed.wrong_type(arguments, _ARGUMENTS) if isinstance(arguments, dict) else "it is no mapping"
+    missing = [key for key in ("name", "classes", "distilled") if problem is None and key not in arguments]
+    if problem or missing:
+        problem = problem or f"it has no {missing[0]}"
+        raise UserError(f"{folder / runfolder.STATE} is altered: model: {problem}")
     try:
         model = models.create_model(**arguments)
     except TypeError as error:

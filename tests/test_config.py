@@ -311,7 +311,7 @@ def test_operational_is_written_at_the_keys() -> None:
         ["name", "out", "engine", "rank_timeout_s", "optim.accumulate", "optim.max_skips", "teacher.shard",
          "checkpoint", "track", "data.shards", "data.cache", "data.workers", "data.verify", "data.leave_out",
          "teacher.run", "references", "compile", "teacher.cache.folder", "teacher.cache.mode",
-         "teacher.cache.limit_gib"]
+         "teacher.cache.limit_gib", "data.eval_batch", "optim.checkpoint_blocks"]
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -239,3 +240,24 @@ def test_verify_names_every_other_kind(runs: Path) -> None:
     found = "\n".join(verify_runs.run(run))
     for name in changes:
         assert Path(name).name in found, name
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": 1.5}, "model: name='1.5'"),
+        ({"options": [[1]]}, "model: options="),
+        ({"distilled": None}, "model: distilled="),
+        ({"name": {"a": 1}}, "model: name="),
+        (None, "model='None' is not what belongs there"),
+    ],
+)
+def test_a_model_of_wrong_types_is_one_line(runs: Path, change: dict[str, Any] | None, said: str) -> None:
+    """A state.json whose checksum is right, written by something else."""
+    folder = checkpoint.find(runs / "student")[0]
+    content = checkpoint.read(folder)
+    content.state["model"] = None if change is None else content.state["model"] | change
+    shutil.rmtree(folder)
+    checkpoint.save(folder, content.student, content.optimizer, content.state)
+    with pytest.raises(UserError, match=re.escape(said)):
+        networks.load(folder)
