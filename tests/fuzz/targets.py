@@ -55,7 +55,7 @@ def prepare() -> None:
         "runfolder",
         "eventlog",
         "status",
-        "evaluate",
+        "evaluation",
         "study",
         "report.reading",
         "training.requeue",
