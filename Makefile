@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # LOCKED=1: the exact versions of requirements.lock, each file by its hash; else the newest that pyproject.toml allows
 LOCKED ?=
 
-.PHONY: demo test cluster chaos fuzz lint format lock lowest sbom dist clean env
+.PHONY: demo cifar10 test cluster chaos fuzz lint format lock lowest sbom dist clean env
 env: $(STAMP)
 
 $(STAMP): pyproject.toml requirements.lock
@@ -22,6 +22,19 @@ $(STAMP): pyproject.toml requirements.lock
 
 demo: $(STAMP)
 	$(BIN)/irkd demo
+
+# teacher, student, measurements and page on CIFAR-10; each step goes on where it stopped. CIFAR10: a folder with the
+# Hugging Face parquet files; without it the original archive is fetched
+CIFAR10 ?=
+RUNS := runs/cifar10-strong
+cifar10: $(STAMP)
+	$(BIN)/irkd render $(if $(CIFAR10),parquet --path $(CIFAR10),cifar10 --path data --download) --out shards/cifar10 \
+		--resolutions 12,16,20,24,28,32 --workers 2
+	$(BIN)/irkd train configs/cifar10/strong/teacher.yaml
+	$(BIN)/irkd evaluate $(RUNS)/teacher-seed0
+	$(BIN)/irkd train configs/cifar10/strong/custom_p4.yaml
+	$(BIN)/irkd evaluate $(RUNS)/custom_p4-seed0
+	$(BIN)/irkd report $(RUNS)/custom_p4-seed0
 
 # two halves side by side, on two cores: tests/training starts many processes, the others few; its log comes last
 test: $(STAMP)

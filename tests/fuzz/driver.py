@@ -300,6 +300,11 @@ def main() -> int:
     print(f"seed {arguments.seed}, {each:.1f} s a target", flush=True)
     for name in names:
         results.append(run(name, each, arguments.seed))
+        last = results[-1]  # said at once: a night's run may be stopped
+        print(
+            f"{name}: {last.inputs:,} inputs, {last.refused:,} refused, {len(last.findings)} findings",
+            flush=True,
+        )
         for finding in results[-1].findings.values():
             print(
                 f"{name}: {finding.where} ({finding.times} times): {finding.message}\n  {finding.data[:200]!r}",
