@@ -89,15 +89,17 @@ def export(
     try:
         told = _write(network, images, expected, made, formats)
         told["accuracy"] = export_card.accuracies(runfolder.run_of(run), network.folder)
-        told["licence"] = licence
+        told |= {"licence": licence, "command": export_card.command(runfolder.run_of(run))}
         files.write(made / CARD, export_card.card(network, told, out.name))
         names = sorted(p.name for p in made.iterdir())
         told["files"] = {name: _sha256(made / name) for name in names}
         files.write(made / MANIFEST, json.dumps(told, indent=1) + "\n")
         made.chmod(0o777 & ~_umask())
+        before = made.with_name(f"{made.name}.before")
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(before)  # an export is there at any moment, whole, under one name or the other
         made.replace(out)
+        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return told

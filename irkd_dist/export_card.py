@@ -27,6 +27,15 @@ def accuracies(run: Path, checkpoint: Path) -> dict[str, float]:
         return {}
 
 
+def command(run: Path) -> str:
+    """The command that began a run; empty where it is not known."""
+    try:
+        started = next(e for e in eventlog.read_events(run) if e["event"] == "start")
+    except (UserError, StopIteration):
+        return ""
+    return str(started.get("command", ""))
+
+
 def card(network: Network, told: dict[str, Any], name: str) -> str:
     """The card as Markdown, with the header that the Hugging Face Hub reads."""
     config = configuration.from_dict(network.state["config"], str(network.folder))
@@ -50,6 +59,7 @@ def card(network: Network, told: dict[str, Any], name: str) -> str:
         f"- Teacher: {_teacher(teacher)}.",
         f"- Checkpoint: `{network.folder.name}`, seed {config.seed}, optimizer policy `{config.optim.policy}`.", "",
         *_accuracy(told["accuracy"]),
+        *_made_by(told["command"]),
         "## Use", "",
         "```python", "import timm", f"model = timm.create_model('local-dir:{name}', pretrained=True).eval()",
         f"# images: RGB, {network.size} px, mean {_short(network.mean)}, std {_short(network.std)}", "```", "",
@@ -72,6 +82,10 @@ def _teacher(teacher: configuration.Teacher | None) -> str:
         return f"run `{Path(teacher.run).name}`, seen at {'full' if teacher.view == 'full' else 'the same'} resolution"
     assert teacher.model is not None
     return f"`{teacher.model.name}` with weights `{teacher.model.weights or 'as timm has them'}`"
+
+
+def _made_by(command: str) -> list[str]:
+    return ["## Made by", "", "```", command, "```", ""] if command else []
 
 
 def _accuracy(measured: dict[str, float]) -> list[str]:

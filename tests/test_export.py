@@ -90,7 +90,7 @@ def test_the_card_says_what_it_is(run: Path, exported: Path) -> None:
     (summary,) = irkd_dist.read_run(run, "summary")
     for words in (
         "license: apache-2.0", "local-dir:small", "8 px, 16 px", "run `teacher`", f"{summary['test_accuracy']:.2%}",
-        "Two heads read two tokens", "int8: accuracy",
+        "Two heads read two tokens", "int8: accuracy", irkd_dist.read_run(run, "start")[0]["command"],
     ):  # fmt: skip
         assert words in card, words
     config = json.loads((exported / "config.json").read_text())
