@@ -253,6 +253,33 @@ def test_render_array_with_a_part_that_fails(cluster: Cluster, folder: Path) -> 
     assert manifest == (folder / "whole" / shards.MANIFEST).read_bytes()
 
 
+def test_a_study_as_an_array_teachers_first(cluster: Cluster, folder: Path) -> None:
+    """A student whose teacher is another task's run: two submissions, one waiting for the other."""
+    tiny, runs = (folder / "tiny.yaml").read_text(), folder / "study"
+    (folder / "taught.yaml").write_text(
+        tiny + f"teacher: {{run: {runs}/tiny-seed0}}\nloss: {{kd: {{alpha: 1.0}}}}\n"
+    )
+    (folder / "study.yaml").write_text(
+        f"title: T\nteachers: [{folder}/tiny.yaml]\nexperiments: {{KD: {folder}/taught.yaml}}\nseeds: [0, 1]\n"
+        f"overrides: ['out={runs}']\n"
+    )
+
+    def submitted(*options: str) -> str:
+        words = ["sbatch", "--parsable", f"--output={folder}/study-%A_%a.out", *options, "slurm/study.sbatch"]
+        site = {"IRKD_SITE": str(folder / "site.sh")}
+        return cluster.run(*words, f"{folder}/study.yaml", cwd=REPOSITORY, env=site).strip()
+
+    teachers = submitted("--array=1-1")
+    submitted("--array=2-3", f"--dependency=afterok:{teachers}")
+    told = cluster.status
+    wait_for(lambda: not cluster.run("squeue", "--noheader", "--name=irkd-study"), 180, "end", told)
+    states = [
+        json.loads((runs / name / "status.json").read_text()) for name in ("taught-seed0", "taught-seed1")
+    ]
+    assert [state["state"] for state in states] == ["finished", "finished"]
+    assert "study.sbatch: run 2: irkd train" in "".join(f.read_text() for f in folder.glob("study-*_2.out"))
+
+
 def _jobs_named(cluster: Cluster, name: str) -> list[str]:
     shown = cluster.run("scontrol", "--oneliner", "show", "job").splitlines()
     return [line.split()[0].removeprefix("JobId=") for line in shown if f"JobName={name}" in line]
