@@ -54,7 +54,8 @@ class _Running:
     job: Job
     process: subprocess.Popen[bytes]
     slot: int
-    largest: int = 0  # bytes that it has taken so far
+    log_began: int  # bytes that its event log had when it was started
+    largest: int = 0  # bytes of memory that it has taken so far
 
 
 @dataclass
@@ -119,9 +120,9 @@ def _start(job: Job, slot: int, beside: int) -> _Running:
         environment.setdefault("OMP_NUM_THREADS", str(max(cores // beside, 1)))
         if gpus := _gpus():
             environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-    command = [sys.executable, "-m", "irkd_dist", *job.arguments]
+    command, began = [sys.executable, "-m", "irkd_dist", *job.arguments], _log_size(job)
     if beside == 1:
-        return _Running(job, subprocess.Popen(command, env=environment, preexec_fn=_with_parent), slot)
+        return _Running(job, subprocess.Popen(command, env=environment, preexec_fn=_with_parent), slot, began)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
         process = subprocess.Popen(
@@ -132,7 +133,7 @@ def _start(job: Job, slot: int, beside: int) -> _Running:
             stderr=log,
             preexec_fn=_with_parent,
         )
-    return _Running(job, process, slot)
+    return _Running(job, process, slot, began)
 
 
 def _with_parent() -> None:
@@ -156,13 +157,21 @@ def _room(running: list[_Running], largest: int) -> bool:
     """Whether another may start: the last has shown what it takes, and as much is left."""
     if not running:
         return True
-    return all(_trains(each.job) for each in running) and memory.left() > SPARE * largest
+    return all(_trains(each) for each in running) and memory.left() > SPARE * largest
 
 
-def _trains(job: Job) -> bool:
-    """Whether a run that was started has come to its steps."""
+def _log_size(job: Job) -> int:
+    with contextlib.suppress(OSError):
+        return (job.folder / runfolder.EVENTS).stat().st_size
+    return 0
+
+
+def _trains(run: _Running) -> bool:
+    """Whether a run has come to its steps since it was started here: what an earlier start wrote does not count."""
     try:
-        return b'"event": "train"' in (job.folder / runfolder.EVENTS).read_bytes()
+        with (run.job.folder / runfolder.EVENTS).open("rb") as log:
+            log.seek(run.log_began)
+            return b'"event": "train"' in log.read()
     except OSError:
         return False
 

@@ -132,10 +132,11 @@ def run(
         Stopped: a signal asked for it.
     """
     everything = [cell for study in studies for cell in cells(study, overrides, scale)]
-    failed: dict[str, str] = {}
+    failed, begun = dict[str, str](), 0
     for seed in dict.fromkeys(cell.seed for cell in everything):  # the teachers have none
         phase = {cell.folder: cell for cell in everything if cell.seed == seed}  # studies may share a teacher
         todo = [jobs.Job(cell.name, cell.arguments, folder) for folder, cell in phase.items()]
+        begun += sum(cell.seed == seed for cell in everything)
         problems, stopped = jobs.run(todo, beside, tracking.console())
         failed |= problems
         if stopped:
@@ -146,7 +147,9 @@ def run(
             break  # the students have nothing to learn from
     if failed:
         named = "; ".join(f"{name}: {why}" for name, why in failed.items())
-        raise UserError(f"{len(failed)} of {len(everything)} runs failed: {named}")
+        left = len(everything) - begun
+        waiting = f"; {left} were not started, since they come after the teachers" if left else ""
+        raise UserError(f"{len(failed)} of {len(everything)} runs failed: {named}{waiting}")
     return study_page.markdown(record(studies, overrides, scale, command))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from irkd_dist import study, study_page, verify
+from irkd_dist import jobs, study, study_page, verify
 from irkd_dist.errors import UserError
 from tests.training.launch import irkd
 
@@ -49,13 +49,13 @@ def weights(run: Path) -> dict[str, Any]:
 
 def test_runs_beside_one_another_are_those_of_one_after_the_other(folder: Path) -> None:
     tables = []
-    for jobs in ("1", "3"):
-        out = folder / jobs / "table.md"
-        runs = f"out={folder / jobs}"
-        teacher = f"teacher.run={folder / jobs / 'teacher-seed0'}"
+    for count in ("1", "3"):
+        out = folder / count / "table.md"
+        runs = f"out={folder / count}"
+        teacher = f"teacher.run={folder / count / 'teacher-seed0'}"
         text = (folder / "study.yaml").read_text() + f"own: {{KD: ['{teacher}']}}\n"
-        (folder / f"study-{jobs}.yaml").write_text(text)
-        irkd("study", str(folder / f"study-{jobs}.yaml"), runs, "--jobs", jobs, "--out", str(out))
+        (folder / f"study-{count}.yaml").write_text(text)
+        irkd("study", str(folder / f"study-{count}.yaml"), runs, "--jobs", count, "--out", str(out))
         tables.append(
             [line.split("|")[1:6] for line in out.read_text().splitlines() if line.startswith("| ")][:4]
         )
@@ -79,6 +79,29 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(folder: Path) -> None:
     assert "1 of 3 runs failed: CE, seed 0: error: data.subset=10000" in done.stderr
     assert "| KD | 1 |" in (folder / "t.md").read_text()
     assert "| CE |" not in (folder / "t.md").read_text().split("## Every run")[0]
+
+
+def test_runs_that_were_not_started_are_counted(folder: Path) -> None:
+    (folder / "teacher.yaml").write_text(
+        (folder / "teacher.yaml").read_text().replace("batch: 64", "subset: 10000")
+    )
+    done = irkd("study", str(folder / "study.yaml"), "--jobs", "2", check=False)
+    assert "1 of 3 runs failed" in done.stderr
+    assert "2 were not started, since they come after the teachers" in done.stderr
+
+
+def test_a_run_that_goes_on_has_to_train_again_before_another_starts(tmp_path: Path) -> None:
+    """Its memory is known by then: what an earlier start has written says nothing of it."""
+    log = tmp_path / "run" / "events.jsonl"
+    log.parent.mkdir()
+    log.write_text('{"event": "train"}\n')
+    job = jobs.Job("run", (), log.parent)
+    with subprocess.Popen(["true"]) as process:
+        running = jobs._Running(job, process, 0, jobs._log_size(job))
+    assert not jobs._room([running], 0)
+    with log.open("a") as file:
+        file.write('{"event": "train"}\n')
+    assert jobs._room([running], 0)
 
 
 def started_and_asked_to_stop(folder: Path, event: bytes) -> tuple[int, str]:
