@@ -14,6 +14,8 @@ from irkd_dist.networks import Network
 def accuracies(run: Path, checkpoint: Path) -> dict[str, float]:
     """Test accuracy (0..1) by resolution, as `irkd evaluate` or else the run itself has measured this checkpoint."""
     for file in runfolder.evaluation_files(run):
+        if file.stem.endswith("-raw") or "-data-" in file.stem:
+            continue  # of other weights than those exported, or of other images than its own
         try:
             told = typed.parse_checked(files.read(file))
             if told["split"] == "test" and Path(told["checkpoint"]).name == checkpoint.name:
@@ -22,7 +24,8 @@ def accuracies(run: Path, checkpoint: Path) -> dict[str, float]:
             continue  # `irkd verify` names it
     try:
         summary = next(e for e in reversed(eventlog.read_events(run)) if e["event"] == "summary")
-        return {str(summary["resolution"]): float(summary["test_accuracy"])}
+        best = checkpoint.parent.name == runfolder.BEST
+        return {str(summary["resolution"]): float(summary["test_accuracy" if best else "test_accuracy_last"])}
     except (UserError, StopIteration, KeyError):
         return {}
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import irkd_dist
-from irkd_dist import export, predict, verify
+from irkd_dist import export, export_card, networks, predict, typed, verify
 from irkd_dist.data import shards
 from irkd_dist.errors import UserError
 from tests.training.launch import irkd
@@ -96,6 +96,23 @@ def test_the_card_says_what_it_is(run: Path, exported: Path) -> None:
     config = json.loads((exported / "config.json").read_text())
     assert config["label_names"] == list(irkd_dist.load(run).classes)
     assert config["irkd"]["resolutions"] == [8, 16]
+
+
+def test_the_card_takes_no_figure_of_other_weights_or_images(run: Path, tmp_path: Path) -> None:
+    """Results that stand first by their names: of the raw weights, and of another data set."""
+    copy = tmp_path / "student"
+    shutil.copytree(run, copy)
+    folder = networks.load(copy).folder
+    (copy / "evaluation").mkdir(exist_ok=True)
+    for name, value in (("16-best-raw", 0.1), ("16-best-data-0123", 0.2), ("16-best", 0.3)):
+        told = {"split": "test", "checkpoint": str(folder), "accuracy": {"16": value}}
+        (copy / "evaluation" / f"test-{name}.json").write_bytes(typed.checked(told))
+    assert export_card.accuracies(copy, folder) == {"16": 0.3}
+    shutil.rmtree(copy / "evaluation")
+    (summary,) = irkd_dist.read_run(copy, "summary")
+    assert export_card.accuracies(copy, folder) == {"16": summary["test_accuracy"]}
+    last = networks.load(copy, "last").folder
+    assert export_card.accuracies(copy, last) == {"16": summary["test_accuracy_last"]}
 
 
 def test_a_flipped_bit_is_named(exported: Path, tmp_path: Path) -> None:

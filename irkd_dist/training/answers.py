@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,8 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.tensor import DTensor
 
 from irkd_dist import checkpoint
 from irkd_dist import config as configuration
@@ -187,13 +184,4 @@ def _origin(parts: Parts, stage: int) -> tuple[dict[str, Any], str]:
     assert spec.model is not None
     model = {k: v for k, v in asdict(spec.model).items() if k not in ("weights", "pretrained")}
     model["image_size"] = spec.model.image_size or parts.manifest.largest
-    return model, weights_digest(parts.teacher.model)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Of all weights and buffers, whole where they are spread over processes; then every process must call it."""
-    result = hashlib.sha256()
-    for value in model.state_dict().values():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        result.update(whole.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return result.hexdigest()
+    return model, restore.weights_digest(parts.teacher.model)

@@ -53,7 +53,7 @@ def build(config: Config, engine: Engine) -> Parts:
         network = replace(network, model=model)
         notes += network.notes
         of_run = config.teacher.run is not None
-        teacher_digest = None if of_run else restore.weights_digest(network.model)
+        teacher_digest = None if of_run else restore.weights_digest(network.model)[:16]
         pairs, tap_notes = networks.tap_pairs(config, student, network.model)
         notes += tap_notes
         taps = [s.path for s, _ in pairs]
@@ -244,13 +244,11 @@ def _teacher(
     # with a cache explicit attention without maps too: runs of both kinds can share its logits
     cached = config.teacher is not None and config.teacher.cache.folder is not None
     explicit = cached or (saliency.gamma > 0 and methods.inner_gradient(saliency.method))
-    sharded = restore.teacher_sharded(config, engine)
-    if not sharded:
-        models.channels_last(network.model)
-    if sharded:  # shards are of one type, and reach the device one by one
+    if restore.teacher_sharded(config, engine):  # shards are of one type, and reach the device one by one
         model = freeze(network.model, None, explicit, engine.device)
     else:
-        model = freeze(network.model.to(engine.device), engine.autocast, explicit, engine.device)
+        model = models.channels_last(network.model.to(engine.device))
+        model = freeze(model, engine.autocast, explicit, engine.device)
     return Teacher(model, paths, saliency.method, engine.autocast, renormalize)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from irkd_dist import checkpoint, runfolder
 from irkd_dist import config as configuration
@@ -197,12 +198,13 @@ def teacher_sharded(config: Config, engine: Engine) -> bool:
     return config.teacher is not None and config.teacher.shard and engine.world > 1
 
 
-def weights_digest(student: nn.Module) -> str:
-    """Of all weights and buffers, to compare processes by."""
+def weights_digest(model: nn.Module) -> str:
+    """Of all weights and buffers, whole where they are spread over processes; then every process must call it."""
     result = hashlib.sha256()
-    for value in student.state_dict().values():
-        result.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return result.hexdigest()[:16]
+    for value in model.state_dict().values():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        result.update(whole.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return result.hexdigest()
 
 
 def _known_keys(tree: dict[str, Any]) -> dict[str, Any]:

@@ -230,7 +230,7 @@ def _enter(run: Run, loader: Loader, skill: float) -> _Stage:
             "step": position.step, "stage": number, "scales": loader.scales, "batch": loader.batch, "lr": lr,
             "policy": parts.plan.policy, "moments": bool(engine.optimizer.state), "teacher": planned.teacher,
             "data": parts.identity["data_digest"], "config": build.config_digest(parts.config),
-            "weights": restore.weights_digest(parts.student) if engine.replicated else None,
+            "weights": restore.weights_digest(parts.student)[:16] if engine.replicated else None,
             "precision": str(engine.autocast), "threads": torch.get_num_threads(), "torch": torch.__version__,
         },
     )  # fmt: skip
