@@ -53,6 +53,8 @@ def tap_pairs(
             first, second = item
         elif isinstance(item, int):
             blocks, teacher_blocks = depth(student, item, "student"), depth(teacher, item, "teacher")
+            if not 0 <= item < blocks:
+                raise UserError(f"saliency.taps: {item}: the student has blocks 0 to {blocks - 1}")
             first, second = item, round(item * (teacher_blocks - 1) / max(blocks - 1, 1))
             if spec == "all" and item == blocks - 1:
                 first, second = "last", "last"

@@ -208,7 +208,8 @@ def test_pairs_with_a_convolutional_teacher() -> None:
         ([4], "4: the student has blocks 0 to 3"),
         ([[0, 12]], "12: the teacher has blocks 0 to 11"),
         (["12.norm1"], "'12.norm1': the student has blocks 0 to 3"),
-        ([-1], "the student has no module '-1'; it has patch_embed,"),
+        ([-1], "-1: the student has blocks 0 to 3"),
+        ([10**400], "the student has blocks 0 to 3"),
         (["frist"], "the student has no module 'frist'; it has patch_embed,"),
         ([["first", "blocks.12"]], "the teacher has no module 'blocks.12'"),
         (["cls_token"], "the student has no module 'cls_token'"),  # a parameter, not a module
