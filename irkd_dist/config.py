@@ -53,7 +53,7 @@ class Data:
     centre_crop: bool = False  # crop-mode shards: evaluate on a centre crop instead of a resize
     # samples of a process that are measured at once
     eval_batch: Annotated[int, Field(gt=0, le=2**16), OPERATIONAL] = 256
-    # decoded images kept after the first epoch
+    # decoded images kept after the first epoch; in RAM one copy for the processes of a node
     cache: Annotated[Literal["none", "ram", "device"], OPERATIONAL] = "ram"
     workers: Annotated[int, Field(gt=0, le=1024), OPERATIONAL] = 2  # decoding threads
     # of shards, when they are opened

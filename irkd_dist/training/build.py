@@ -153,7 +153,7 @@ def evaluation_loader(
 
 
 def _work(config: Config, engine: Engine) -> Work:
-    return Work(config.data.cache, engine.device, config.data.workers)
+    return Work(config.data.cache, engine.device, config.data.workers, engine.node)
 
 
 def full_view(config: Config) -> bool:
