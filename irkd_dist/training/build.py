@@ -77,7 +77,7 @@ def build(config: Config, engine: Engine) -> Parts:
     if config.optim.checkpoint_blocks:
         models.checkpoint_blocks(student)
     distiller = Distiller(student, _objective(config, taps), engine.autocast)
-    _compile(config, engine, distiller, teacher, notes)
+    _compile(config, engine, distiller, teacher, second_order, notes)
     groups = optim.parameter_groups(student, config.optim.weight_decay, config.optim.layer_decay)
     # fused: one pass over each tensor, the same arithmetic on every device, and it can leave an update out there
     optimizer = torch.optim.AdamW(
@@ -193,13 +193,18 @@ def config_digest(config: Config) -> str:
 
 
 def _compile(
-    config: Config, engine: Engine, distiller: Distiller, teacher: Teacher | None, notes: list[str]
+    config: Config,
+    engine: Engine,
+    distiller: Distiller,
+    teacher: Teacher | None,
+    inner_gradient: bool,
+    notes: list[str],
 ) -> None:
     if config.compile is False:
         return
     from irkd_dist.distill import compiling
 
-    why = compiling.why_not(engine.device, engine.name)
+    why = compiling.why_not(engine.device, engine.name, inner_gradient)
     if why is not None and config.compile is True:
         raise UserError(f"compile=on, but {why}; use compile=auto or off")
     if why is not None:
