@@ -188,11 +188,20 @@ def test_pairs_with_a_convolutional_teacher() -> None:
     student, teacher = plain.build("class_token", depth=3), create_model("test_resnet", classes=5)
     pairs = tap_pairs(student, teacher, [["first", "layer1"], ["last", "layer2"]], "gradient")
     assert pairs == [(Tap("blocks.0"), Tap("layer1")), (Tap("blocks.2.norm1"), Tap("layer2"))]
-    for spec in ("all", ["first"], [1]):
-        with pytest.raises(
-            UserError, match="needs a teacher with blocks, and ResNet has none: pair taps by module path"
-        ):
-            tap_pairs(student, teacher, spec, "gradient")
+    assert paths(tap_pairs(student, teacher, "all", "grad_cam")) == [
+        ("blocks.0", "layer1"),
+        ("blocks.1", "layer3"),  # 3 / 2 = 1.5
+        ("blocks.2.norm1", "layer4"),
+    ]
+    assert paths(tap_pairs(student, teacher, ["first", "last"], "gradient")) == [
+        ("blocks.0", "layer1"),
+        ("blocks.2.norm1", "layer3"),  # a mean alone follows layer4
+    ]
+    with pytest.raises(
+        UserError,
+        match="needs a teacher with blocks or stages, and Linear names none: pair taps by module path",
+    ):
+        tap_pairs(student, nn.Linear(1, 1), ["first"], "gradient")
     with pytest.raises(
         UserError, match=r"reads the class token's attention row, and the teacher \(ResNet\) has no"
     ):
@@ -239,7 +248,9 @@ def test_attention_needs_a_class_token() -> None:
 def test_attention_with_positions_inside_is_refused(name: str) -> None:
     """Their rows are not the softmax of q k alone."""
     model = timm.create_model(name, img_size=28, embed_dim=16, depth=2, num_heads=2, num_classes=3)
-    with pytest.raises(UserError, match="of the teacher is no attention layer with a joint qkv"):
+    with pytest.raises(
+        UserError, match="has no attention layer with a joint qkv, .* use gradient, grad_cam or"
+    ):
         resolve_tap(model, "blocks.0.attn.qkv", "attention", "teacher")
 
 

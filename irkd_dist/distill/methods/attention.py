@@ -22,11 +22,18 @@ def check(model: nn.Module, path: str, role: str) -> None:
             f"saliency.method=attention reads the class token's attention row, and the {role} "
             f"({type(model).__name__}) has no class token; use gradient, grad_cam or hirescam"
         )
-    attention = model.get_submodule(path.removesuffix(".qkv"))
     # others (BEiT, EVA) add positions inside the attention, and do not call their qkv
-    if not path.endswith(".qkv") or not isinstance(attention, Attention):
-        what = f"{path!r} of the {role} is no attention layer with a joint qkv"
-        raise UserError(f"saliency.method=attention: {what}")
+    layers = {f"{name}.qkv" for name, module in model.named_modules() if isinstance(module, Attention)}
+    if not layers:
+        raise UserError(
+            f"saliency.method=attention: the {role} ({type(model).__name__}) has no attention layer with a joint qkv, "
+            "whose row of the class token could be read; use gradient, grad_cam or hirescam"
+        )
+    if path and path not in layers:
+        raise UserError(
+            f"saliency.method=attention: {path!r} of the {role} is no attention layer with a joint qkv; it has "
+            f"{', '.join(sorted(layers)[:3])}, ..."
+        )
 
 
 def saliency_map(model: nn.Module, path: str, features: Tensor) -> Tensor:
