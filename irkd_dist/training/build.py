@@ -38,7 +38,7 @@ def build(config: Config, engine: Engine) -> Parts:
     """
     manifest = shards.load_manifest(Path(config.data.shards))
     stages = configuration.stages(config)
-    preflight.check_data(config, engine, manifest)
+    preflight.check_data(config, manifest)
     notes = preflight.notes(config, engine)
 
     student, (arguments, weight_notes) = distributed.network(engine, lambda: _student(config, manifest))
@@ -54,7 +54,8 @@ def build(config: Config, engine: Engine) -> Parts:
         notes += network.notes
         of_run = config.teacher.run is not None
         teacher_digest = None if of_run else restore.weights_digest(network.model)[:16]
-        pairs, tap_notes = networks.tap_pairs(config, student, network.model)
+        side = manifest.largest if full_view(config) else None
+        pairs, tap_notes = networks.tap_pairs(config, student, network.model, side)
         notes += tap_notes
         taps = [s.path for s, _ in pairs]
         teacher = _teacher(config, engine, network, manifest, [t.path for _, t in pairs])
@@ -73,6 +74,7 @@ def build(config: Config, engine: Engine) -> Parts:
     preflight.check_fraction(config, student)
     preflight.check_layers(config, student)
     preflight.check_forward(config, manifest, stages, student, taps, teacher)
+    preflight.check_shards(config, engine, manifest)  # last: it reads every file
 
     if config.optim.checkpoint_blocks:
         models.checkpoint_blocks(student)
