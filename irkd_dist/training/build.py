@@ -36,7 +36,8 @@ def build(config: Config, engine: Engine) -> Parts:
     Raises:
         UserError: shards, teacher and configuration do not fit together.
     """
-    manifest = shards.load_manifest(Path(config.data.shards))
+    folder = configuration.shards_of(config)
+    manifest = distributed.on_main(engine, lambda: shards.load_manifest(folder))
     stages = configuration.stages(config)
     preflight.check_data(config, manifest)
     notes = preflight.notes(config, engine)
@@ -132,7 +133,9 @@ def train_loader(parts: Parts, stage: StagePlan, carried: Share) -> Loader:
     full = manifest.largest if full_view(config) else None
     augment = configuration.stage_augment(config, configuration.stages(config)[stage.number])
     return Loader(
-        Dataset(Path(data.shards), manifest, "train", data.subset, verify="size"),
+        Dataset(
+            configuration.shards_of(config), manifest, "train", data.subset, "size", data.order, data.order_block
+        ),
         View(stage.resolution, augment, full, manifest.mode),
         scales=stage.multiscale, batch=stage.batch, seed=config.seed, share=carried, work=_work(config, engine),
         least=2 * micro_batches if models.has_batch_norm(parts.student) else 1,
@@ -147,7 +150,7 @@ def evaluation_loader(
     count = config.data.val_subset if split == held_out(manifest) and split != "test" else None
     subset = min(count, manifest.splits[split]) if count is not None else None
     return Loader(
-        Dataset(Path(config.data.shards), manifest, split, subset, verify="size"),
+        Dataset(configuration.shards_of(config), manifest, split, subset, verify="size"),
         View(size, centre_crop=config.data.centre_crop),
         batch=config.data.eval_batch * engine.world, seed=config.seed, share=Share(engine.world, (engine.rank,)),
         work=_work(config, engine),
