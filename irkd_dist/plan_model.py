@@ -37,9 +37,9 @@ class Model:
 def states(spread: Spread, weights: float, n: int, average: bool, gathered: float) -> float:
     """Bytes of weights, gradients, AdamW's moments and the moving average, of one of n processes.
 
-    In fp32 each is as large as the weights, moments twice (Rajbhandari et al. 2020, section 3, with all in fp32).
-    DDP sums gradients in buckets, a second copy; DeepSpeed's ZeRO steps a copy of its part of the weights. `gathered`: bytes of the weights that are whole at once
-    where they are sharded.
+    In fp32 each is as large as the weights, moments twice (Rajbhandari et al. 2020, section 3, with all in fp32). DDP
+    sums gradients in buckets, a second copy; DeepSpeed's ZeRO steps a copy of its part of the weights. `gathered`:
+    bytes of the weights that are whole at once where they are sharded.
     """
     own = weights / n
     kept = {
