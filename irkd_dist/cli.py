@@ -447,7 +447,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     if not arguments.bandwidth > 0:
         raise UserError(f"--bandwidth {arguments.bandwidth}: give GB/s above 0")
     model = plan.Model(arguments.gpus * arguments.nodes, bandwidth=1e9 * arguments.bandwidth)
-    forecast = plan.plan(configuration.load(arguments.config, arguments.overrides), model)
+    forecast = plan.plan(configuration.load(arguments.config, arguments.overrides), model, arguments.config)
     if arguments.json:
         print(json.dumps(plan.to_dict(forecast)))
         return 0
