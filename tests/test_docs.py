@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -183,9 +184,7 @@ def check_module(module: str, rest: list[str], is_module: bool, said: str) -> No
         check_irkd(rest, said)
     else:
         assert is_module, said
-        assert (ROOT / f"{module.replace('.', '/')}.py").is_file() or (
-            ROOT / module.replace(".", "/")
-        ).is_dir(), said
+        assert find_spec(module) is not None, said
 
 
 def check_irkd(words: list[str], said: str, whole: bool = True) -> None:
