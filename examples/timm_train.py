@@ -1,8 +1,8 @@
 """IRKD in timm's own training script: python examples/timm_train.py PATH/train.py DATA --kd-model-name NAME [options]
 
-train.py is timm's, from its repository, in a version that has timm.task (tried with 1.0.31). Its logit distillation gets
-the saliency term; teacher, weights, temperature and all else stay timm's options. IRKD_GAMMA is the weight of the term,
-IRKD_TAPS where the maps are taken.
+train.py is timm's, from its repository, in a version that has timm.task (tried with 1.0.31). Its logit distillation
+gets the saliency term; teacher, weights, temperature and all else stay timm's options. IRKD_GAMMA is the weight of the
+term, IRKD_TAPS where the maps are taken.
 """
 
 import os
