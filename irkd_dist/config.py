@@ -16,7 +16,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from irkd_dist import keys, plain, reading
+from irkd_dist.data import remote
 from irkd_dist.data.recipe import Augment
+from irkd_dist.data.remote import Url
 from irkd_dist.distill import methods
 from irkd_dist.distill.paper import PAPER_MODELS, PAPER_PATCH
 from irkd_dist.errors import UserError
@@ -43,8 +45,13 @@ def _word(value: Any) -> Any:
 class Data:
     """Shards rendered by `irkd render`, and how batches are made of them."""
 
-    # folder with manifest.json; operational because its content is compared by digest
+    # folder with manifest.json, or https://, s3://, gs://, hf://datasets/ of one (docs/streaming.md); operational
+    # because its content is compared by digest
     shards: Annotated[str, OPERATIONAL, PATH] = "shards/cifar10"
+    # of an epoch: any sample may follow any, or (shard) blocks of shards, shuffled within: for data that no disk holds
+    order: Literal["exact", "shard"] = "exact"
+    order_block: Positive = 8  # under order=shard: shards of a block
+    shard_cache: Annotated[remote.Settings, OPERATIONAL] = field(default_factory=remote.Settings)
     batch: Annotated[int, Field(gt=0, le=2**20)] = 128  # global batch, over all processes
     subset: Positive | None = None  # train on this many images (class-balanced, fixed choice)
     val_subset: Positive | None = None  # stages are judged by this many held-out images (class-balanced)
@@ -53,7 +60,7 @@ class Data:
     centre_crop: bool = False  # crop-mode shards: evaluate on a centre crop instead of a resize
     # samples of a process that are measured at once
     eval_batch: Annotated[int, Field(gt=0, le=2**16), OPERATIONAL] = 256
-    # decoded images kept after the first epoch
+    # decoded images kept after the first epoch; in RAM one copy for the processes of a node
     cache: Annotated[Literal["none", "ram", "device"], OPERATIONAL] = "ram"
     workers: Annotated[int, Field(gt=0, le=1024), OPERATIONAL] = 2  # decoding threads
     # of shards, when they are opened
@@ -354,6 +361,12 @@ def from_values(
         values["name"] = _run_name(stem, values.get("seed", 0))
     config = from_dict(values, where)
     _check_name(config.name, where)
+    if remote.literal_secret(references.get("data.shards", config.data.shards)):
+        raise UserError(
+            f"{where.of('data.shards')}: data.shards={remote.without_secrets(config.data.shards)} carries a password "
+            "or a query, which would be written into the run folder: put it into an environment variable, and give "
+            "data.shards='${oc.env:NAME}'"
+        )
     return replace(config, references=references)
 
 
@@ -517,6 +530,11 @@ def check(config: Config) -> None:
     _check_augment(config)
     if config.optim.checkpoint_blocks and config.compile is not False:
         raise UserError("optim.checkpoint_blocks=true with compile: one of them at a time; set compile=false")
+    if config.data.order == "shard" and config.augment.draws is not None and config.augment.mixes:
+        raise UserError(
+            f"data.order=shard with augment.draws={config.augment.draws} and MixUp or CutMix: partners then come from "
+            "the whole split; leave out draws, or use data.order=exact"
+        )
     if config.engine != "auto":
         check_engine(config, config.engine)
     for i, stage in enumerate(stages(config)):
@@ -611,6 +629,15 @@ def folder_of(config: Config) -> Path:
     """The run folder of a configuration."""
     assert config.name is not None
     return Path(config.out) / config.name
+
+
+def shards_of(config: Config) -> Path | Url:
+    """Where the shards are: as text it shows no secret.
+
+    Raises:
+        UserError: a URL of a protocol that is not read here.
+    """
+    return remote.place(config.data.shards, config.data.shard_cache)
 
 
 def student_distilled(config: Config) -> bool:

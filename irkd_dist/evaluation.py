@@ -68,10 +68,11 @@ def evaluate(
     config = replace(config, data=replace(config.data, val_subset=None))  # the whole split
     if data is not None:
         config = replace(config, data=replace(config.data, shards=data))
-    manifest = shards.load_manifest(Path(config.data.shards))
+    folder = configuration.shards_of(config)
+    manifest = shards.load_manifest(folder)
     if split not in manifest.splits:
-        raise UserError(f"{config.data.shards} has no split {split!r}; it has {', '.join(manifest.splits)}")
-    networks.check_classes(network.classes, manifest, config.data.shards, str(network.folder))
+        raise UserError(f"{folder} has no split {split!r}; it has {', '.join(manifest.splits)}")
+    networks.check_classes(network.classes, manifest, str(folder), str(network.folder))
     # its images are normalised as those that it was trained on, whatever the shards' own statistics are
     manifest = replace(manifest, mean=network.mean, std=network.std)
     place = engines.setup(config)
@@ -145,7 +146,8 @@ def _measure(task: _Task, split: str, sizes: list[int]) -> dict[str, Any]:
         if batches and task.manifest.masks and whole:
             pointing[key] = _pointing(task, split, size, batches)
     return {
-        "checkpoint": str(task.network.folder), "split": split, "shards": task.config.data.shards, "samples": samples,
+        "checkpoint": str(task.network.folder), "split": split, "samples": samples,
+        "shards": str(configuration.shards_of(task.config)),
         "accuracy": accuracy, "agreement": agreement, "pointing": pointing, "images_per_s": rates,
         "parameters": models.parameter_count(model),
     }  # fmt: skip
@@ -210,7 +212,9 @@ def _full_view(task: _Task, split: str, size: int, batches: list[Batch]) -> list
 def _pointing(task: _Task, split: str, size: int, batches: list[Batch]) -> float:
     student = TappedModel(task.network.model, task.taps, task.network.method, task.place.autocast)
     stored = size if task.manifest.mode == "resize" else task.manifest.resolutions[-1]
-    opened = shards.open_split(Path(task.config.data.shards), task.manifest, split, stored, verify="size")
+    opened = shards.open_split(
+        configuration.shards_of(task.config), task.manifest, split, stored, verify="size"
+    )
     with contextlib.closing(opened):
         counts = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
@@ -274,7 +278,8 @@ def _check_resolution(task: _Task, size: int) -> None:
         raise UserError(f"--resolutions {size} is no size in pixels")
     if task.manifest.mode == "resize" and task.manifest.stored(size) is None:
         rendered = ", ".join(map(str, task.manifest.resolutions))
-        raise UserError(f"--resolutions {size}: {task.config.data.shards} was rendered at {rendered} px")
+        folder = configuration.shards_of(task.config)
+        raise UserError(f"--resolutions {size}: {folder} was rendered at {rendered} px")
     for role, patch in _patches(task).items():
         if size % patch:
             raise UserError(f"--resolutions {size} is not a multiple of patch size {patch} ({role})")

@@ -194,7 +194,7 @@ def _result(cell: Cell) -> dict[str, Any] | None:
     if summary is None:
         return None
     if "test_accuracy" not in summary:
-        raise UserError(f"{config.data.shards} has no test split, and a study's table needs one")
+        raise UserError(f"{configuration.shards_of(config)} has no test split, and a study's table needs one")
     kept = ("test_accuracy", "test_accuracy_last", "val_accuracy", "seconds", "steps", "resolution")
     epochs = [e for e in events if e["event"] in ("evaluation", "epoch")]
     return {

@@ -176,7 +176,7 @@ def _newest_state(folder: Path) -> dict[str, Any]:
 
 def _classes_of_shards(config: Config) -> tuple[str, ...]:
     try:
-        return shards.load_manifest(Path(config.data.shards)).classes
+        return shards.load_manifest(configuration.shards_of(config)).classes
     except UserError:
         return ()
 

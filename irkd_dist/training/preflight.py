@@ -10,6 +10,7 @@ from torch import nn
 from irkd_dist import config as configuration
 from irkd_dist.config import Config, Stage
 from irkd_dist.data import shards
+from irkd_dist.data.remote import Url
 from irkd_dist.distill import models
 from irkd_dist.distill.measure import TappedModel
 from irkd_dist.distill.module import Targets
@@ -20,13 +21,13 @@ from irkd_dist.training.engines import Engine
 from irkd_dist.training.parts import Parts
 
 
-def check_data(config: Config, engine: Engine, manifest: shards.Manifest) -> None:
-    """Compare shards and configuration.
+def check_data(config: Config, manifest: shards.Manifest) -> None:
+    """Compare the shards' manifest and the configuration.
 
     Raises:
-        UserError: on every rank alike; a split or a resolution is missing, or a file is damaged.
+        UserError: a split or a resolution is missing.
     """
-    data = Path(config.data.shards)
+    data = configuration.shards_of(config)
     if "train" not in manifest.splits:
         raise UserError(f"{data} has no train split; it has {', '.join(manifest.splits)}")
     if not {"val", "test"} & set(manifest.splits):
@@ -45,10 +46,9 @@ def check_data(config: Config, engine: Engine, manifest: shards.Manifest) -> Non
                 f"{', '.join(map(str, manifest.resolutions))}: render again with --resolutions "
                 + ",".join(str(r) for r in sorted({*missing, *manifest.resolutions}))
             )
-    check_shards(config, engine, manifest)
 
 
-def used_shards(config: Config, manifest: shards.Manifest) -> list[tuple[Path, shards.Shard]]:
+def used_shards(config: Config, manifest: shards.Manifest) -> list[tuple[Path | Url, shards.Shard]]:
     """Each file that a run will read."""
     wanted = {*configuration.resolutions(config)}
     if config.teacher is not None and config.teacher.view == "full":
@@ -56,7 +56,7 @@ def used_shards(config: Config, manifest: shards.Manifest) -> list[tuple[Path, s
     used = {stored for r in wanted if (stored := manifest.stored(r)) is not None}
     if manifest.mode == "crop":
         used = set(manifest.resolutions)
-    folder = Path(config.data.shards)
+    folder = configuration.shards_of(config)
     return [
         (folder / f"r{r}" / shard.name, shard)
         for r in sorted(used)
@@ -68,12 +68,16 @@ def used_shards(config: Config, manifest: shards.Manifest) -> list[tuple[Path, s
 def check_shards(config: Config, engine: Engine, manifest: shards.Manifest) -> None:
     """Compare each file that the run will read with the manifest, in one of the processes.
 
+    What lies behind a URL is compared when it is downloaded.
+
     Raises:
         UserError: on every rank alike; files are missing, truncated or altered, or cannot be read.
     """
     files = used_shards(config, manifest)[engine.rank :: engine.world]
     own = [
-        f"{file} {why}" for file, shard in files if (why := shards.damage(file, shard, config.data.verify))
+        f"{file} {why}"
+        for file, shard in files
+        if isinstance(file, Path) and (why := shards.damage(file, shard, config.data.verify))
     ]
     damaged = [problem for some in distributed.gather(engine, own) for problem in some]
     if damaged:
