@@ -418,6 +418,9 @@ def _cache(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from irkd_dist import runfolder
+
+    runfolder.check_trained(arguments.run)  # what can be refused at once is, before torch is imported
     with _imports():
         from irkd_dist import evaluation
 
@@ -431,6 +434,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from irkd_dist import runfolder
+
+    for run in arguments.runs:
+        runfolder.read_config(run)
     with _imports():
         from irkd_dist import report
 
@@ -439,15 +446,17 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    with _imports():
-        from irkd_dist import config as configuration
-        from irkd_dist import plan
-        from irkd_dist.training import tracking
+    from irkd_dist import config as configuration
 
     if not arguments.bandwidth > 0:
         raise UserError(f"--bandwidth {arguments.bandwidth}: give GB/s above 0")
+    loaded = configuration.load(arguments.config, arguments.overrides)
+    with _imports():
+        from irkd_dist import plan
+        from irkd_dist.training import tracking
+
     model = plan.Model(arguments.gpus * arguments.nodes, bandwidth=1e9 * arguments.bandwidth)
-    forecast = plan.plan(configuration.load(arguments.config, arguments.overrides), model, arguments.config)
+    forecast = plan.plan(loaded, model, arguments.config)
     if arguments.json:
         print(json.dumps(plan.to_dict(forecast)))
         return 0
@@ -463,6 +472,9 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from irkd_dist import runfolder
+
+    runfolder.check_trained(arguments.run)
     with _imports():
         from irkd_dist import export
 

@@ -76,8 +76,6 @@ def read(folder: Path) -> Run:
     Raises:
         UserError: it has no configuration or no events.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no run folder: there is no such folder")
     config = configuration.from_dict(runfolder.read_config(folder), str(folder / runfolder.CONFIG))
     log = eventlog.read_log(folder)
     events = _each_epoch_once(eventlog.settled(log.events))
