@@ -150,12 +150,24 @@ class Saliency:
 
 
 @dataclass(frozen=True)
+class Features:
+    """Alignment of features through a learned linear projection (FitNets)."""
+
+    beta: NonNegativeFloat = 0.0  # weight; 0 is off
+    kind: Literal["cosine", "mse"] = "cosine"
+    taps: list[Any] = field(default_factory=lambda: ["last"])  # as saliency's; the projections are by pair
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
 class Loss:
-    """CE + alpha KD + gamma saliency (`sum`, paper eq. 1), or (1 - alpha) CE + alpha KD + gamma saliency (`convex`)."""
+    """CE + alpha KD + gamma saliency (`sum`, paper eq. 1), or (1 - alpha) CE + alpha KD + gamma saliency (`convex`);
+    and beta times the distance of features."""
 
     form: Literal["sum", "convex"] = "sum"
     kd: Kd = field(default_factory=Kd)
     saliency: Saliency = field(default_factory=Saliency)
+    features: Features = field(default_factory=Features)
     __pydantic_config__ = _strict
 
 
@@ -471,8 +483,13 @@ def check(config: Config) -> None:
         raise UserError(
             f"loss.saliency.method={loss.saliency.method!r} is none of {', '.join(methods.names())}"
         )
-    if config.teacher is None and (loss.kd.alpha or loss.saliency.gamma):
-        key, value = ("kd.alpha", loss.kd.alpha) if loss.kd.alpha else ("saliency.gamma", loss.saliency.gamma)
+    weights = {
+        "kd.alpha": loss.kd.alpha,
+        "saliency.gamma": loss.saliency.gamma,
+        "features.beta": loss.features.beta,
+    }
+    if config.teacher is None and any(weights.values()):
+        key, value = next((k, v) for k, v in weights.items() if v)
         raise UserError(
             f"loss.{key}={value} needs a teacher: add `teacher: {{run: runs/...}}` or set it to 0"
         )
@@ -496,6 +513,11 @@ def check(config: Config) -> None:
             raise UserError(
                 f"multiscale={mixed} with teacher.cache.folder: a cache keeps one resolution a stage; leave one "
                 "of them out"
+            )
+        if loss.features.beta and cache.folder is not None:
+            raise UserError(
+                f"loss.features.beta={loss.features.beta} with teacher.cache.folder: a cache keeps logits and maps, "
+                "not features; leave one of them out"
             )
         if cache.folder is None and replace(cache, mode="auto") != TeacherCache():
             changed = next(
@@ -534,6 +556,8 @@ def check(config: Config) -> None:
         raise UserError(
             "loss.saliency.taps is empty: name taps, e.g. [first, second, last], or set gamma to 0"
         )
+    if loss.features.beta and not loss.features.taps:
+        raise UserError("loss.features.taps is empty: name taps, e.g. [last], or set beta to 0")
     patches = {"student": config.student}
     if config.teacher is not None and config.teacher.model is not None:
         patches["teacher"] = config.teacher.model
