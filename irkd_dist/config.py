@@ -110,6 +110,8 @@ class Teacher:
     view: Literal["matched", "full"] = "matched"
     # aligned: stage i of n gets the teacher as of (i + 1) / n of its run
     schedule: Literal["final", "aligned"] = "final"
+    # false: a backbone without a head (DINOv2), for loss.features and attention maps alone
+    logits: bool = True
     averaged: bool = True  # take the moving average of a run's weights where it keeps one (optim.ema)
     # spread its parameters over the processes (FSDP2): for one too large for a device
     shard: Annotated[bool, OPERATIONAL] = False
@@ -507,6 +509,8 @@ def check(config: Config) -> None:
             raise UserError(
                 f"curriculum.stages[{own[0]}].teacher names a checkpoint: give teacher.run, not teacher.model"
             )
+        if not config.teacher.logits:
+            _check_headless(config)
         cache = config.teacher.cache
         mixed = next((s.multiscale for s in stages(config) if s.multiscale), None)
         if mixed and cache.folder is not None:
@@ -564,6 +568,25 @@ def check(config: Config) -> None:
     for role, model in patches.items():
         if model.name in PAPER_MODELS and model.patch is not None:
             check_resolutions(config, model.patch, role)
+
+
+def _check_headless(config: Config) -> None:
+    """Refuse what a teacher without logits cannot teach."""
+    loss, teacher = config.loss, config.teacher
+    assert teacher is not None
+    wrong = {
+        f"loss.kd.alpha={loss.kd.alpha}": bool(loss.kd.alpha),
+        f"loss.saliency.method={loss.saliency.method}": bool(loss.saliency.gamma)
+        and methods.inner_gradient(loss.saliency.method),
+        "loss.saliency.follow_teacher=true": loss.saliency.follow_teacher,
+        f"teacher.run={teacher.run}": teacher.run is not None,
+        f"teacher.cache.folder={teacher.cache.folder}": teacher.cache.folder is not None,
+    }
+    if found := next((key for key, is_wrong in wrong.items() if is_wrong), None):
+        raise UserError(
+            f"teacher.logits=false with {found}: a backbone without a head has features and attention maps alone; give "
+            "it one by `irkd probe`, or use loss.features and loss.saliency.method=attention"
+        )
 
 
 def _check_augment(config: Config) -> None:

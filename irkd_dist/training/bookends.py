@@ -133,7 +133,8 @@ def probe_teacher(parts: Parts, folder: Path, tracker: Tracker, position: Positi
     A restart takes it from the record, so that the weights of past stages and of those to come stay what they were.
     """
     stages, manifest, engine = parts.plan.stages, parts.manifest, parts.engine
-    if parts.teacher is None or position.finished:
+    headless = parts.config.teacher is not None and not parts.config.teacher.logits
+    if parts.teacher is None or position.finished or headless:
         return [1.0] * len(stages)
     full, split = build.full_view(parts.config), build.held_out(manifest)
     facts = {
