@@ -121,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--slurm", action="store_true", help="on every node of this SLURM allocation")
     doctor.set_defaults(call=_doctor)
 
+    what = "train a linear head on a backbone without one; its run folder is a teacher"
+    probe = _command(commands, "probe", what)
+    probe.add_argument("config", help="YAML file: student (with weights) is the backbone, data the images")
+    probe.add_argument("overrides", nargs="*", metavar="key=value", help="or --key=value")
+    probe.set_defaults(call=_probe)
+
     teach = _command(commands, "teach", "fill the teacher's cache ahead of a training")
     teach.add_argument("config", help="YAML file of the training; it names teacher.cache.folder")
     teach.add_argument(
@@ -376,6 +382,22 @@ def _requeue(arguments: argparse.Namespace) -> int:
     from irkd_dist.training import requeue
 
     print(requeue.decide(arguments.run, arguments.limit, owner=arguments.owner))
+    return 0
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from irkd_dist import config
+
+    loaded = config.load(arguments.config, arguments.overrides)
+    with _imports():
+        from irkd_dist.linear_probe import probe
+
+    done = probe(loaded, say=lambda text: print(printable(text)))
+    kept = "" if done.computed else " (features were there)"
+    print(
+        f"validation accuracy {done.accuracy:.2%} with penalty {done.penalty:g}{kept}; "
+        f"teacher: {{run: {printable(str(done.folder))}, renormalize: true}}"
+    )
     return 0
 
 

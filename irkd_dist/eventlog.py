@@ -49,7 +49,7 @@ _TYPES: dict[str, Check] = {
     **dict.fromkeys(("accuracy", "images_per_s", "data_wait", "seconds", "lr"), is_number),
     **dict.fromkeys(("alpha", "gamma", "flat_maps", "val_accuracy"), is_number),
     **dict.fromkeys(("test_accuracy", "test_accuracy_last"), is_number),
-    **dict.fromkeys(("total", "ce", "kd", "saliency"), is_real),
+    **dict.fromkeys(("total", "ce", "kd", "saliency", "features"), is_real),
     **dict.fromkeys(("split", "reason", "device", "precision", "torch", "config", "policy"), is_text),
     **dict.fromkeys(("command", "commit", "version"), is_text),
     **dict.fromkeys(("notes", "skipped"), list_of(is_text)),

@@ -81,7 +81,7 @@ def _train_epoch(run: Run, stage: _Stage, loader: Loader, update: Any) -> bool:
     parts, engine, track = run.parts, run.parts.engine, run.parts.config.track
     left_out = {*parts.config.data.leave_out, *run.position.left_out}
     parts.module.train()
-    sums = torch.tensor(run.position.sums or [0.0] * len(metrics.TERMS), device=engine.device)
+    sums = metrics.start(run.position.sums, engine.device)
     logged, logged_at, waited = sums.clone(), time.perf_counter(), loader.wait_s
     seconds = run.position.seconds
     epoch_began = time.perf_counter() - seconds
@@ -142,7 +142,9 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     best_name = runfolder.best_name(before.stage, at)
     state, decision = _decide(run, accuracy, best_name, run.position.seconds + seconds, tokens)
 
-    shown = "  ".join(f"{k} {means[k]:.4f}" for k in ("total", "ce", "kd", "saliency") if k in means)
+    shown = "  ".join(
+        f"{k} {means[k]:.4f}" for k in ("total", "ce", "kd", "saliency", "features") if k in means
+    )
     tracker.event(
         "evaluation" if judged else "epoch", at, stage=before.stage, resolution=resolution,
         epoch=run.position.epoch + 1, stage_epoch=before.epoch + 1, split=build.held_out(parts.manifest),
