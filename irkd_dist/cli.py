@@ -155,6 +155,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--raw", action="store_true", help="the trained weights, not their moving average (optim.ema)"
     )
+    evaluate.add_argument(
+        "--quick",
+        action="store_true",
+        help="this checkpoint alone: no teacher on all images, no other stages",
+    )
     evaluate.add_argument("--data", help="shards, if they are not where the run found them")
     evaluate.set_defaults(call=_evaluate)
 
@@ -424,7 +429,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     sizes = arguments.resolutions and list(render_arguments.numbers(arguments.resolutions, "--resolutions"))
     result = evaluation.evaluate(
         arguments.run, which=arguments.which, split=arguments.split, resolutions=sizes, data=arguments.data,
-        raw=arguments.raw,
+        raw=arguments.raw, quick=arguments.quick,
     )  # fmt: skip
     evaluation.show(result)
     return 0
