@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from irkd_dist import happened as happened_
 from irkd_dist.report import course, reading, scores, words
 from irkd_dist.report.evaluations import Evaluation
 from irkd_dist.report.reading import Run
@@ -138,7 +139,7 @@ def happened(run: Run) -> Table:
     rows, began = [], run.log[0]["time"] if run.log else 0.0
     policies = {e["stage"]: e for e in run.log if e["event"] == "stage"}
     for event in run.log:
-        told = words.happened(event, policies)
+        told = happened_.words(event, policies)
         if told is not None:
             clock = f"+{_duration(event['time'] - began)}"
             rows.append([f"{event['step']:,}", clock, *told])
