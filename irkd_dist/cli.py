@@ -149,6 +149,12 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("run", type=Path, help="run folder, or a folder of them for a line each")
     status.set_defaults(call=_status)
 
+    watch = _command(commands, "watch", "runs as they go: bars, losses, speed, time left, last events")
+    watch.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, or folders of them")
+    watch.add_argument("--every", type=_seconds, default=2.0, metavar="S", help="seconds between two looks")
+    watch.add_argument("--once", action="store_true", help="a line for each run, and no more")
+    watch.set_defaults(call=_watch)
+
     evaluate = commands.add_parser(
         "evaluate", help="accuracy at each resolution, saliency agreement, pointing game"
     )
@@ -161,6 +167,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--raw", action="store_true", help="the trained weights, not their moving average (optim.ema)"
     )
+    evaluate.add_argument(
+        "--quick",
+        action="store_true",
+        help="this checkpoint alone: no teacher on all images, no other stages",
+    )
     evaluate.add_argument("--data", help="shards, if they are not where the run found them")
     evaluate.set_defaults(call=_evaluate)
 
@@ -169,6 +180,13 @@ def _parser() -> argparse.ArgumentParser:
         "runs", type=Path, nargs="+", metavar="run", help="one run folder, or several to compare"
     )
     report.add_argument("--out", type=Path, help="the page (default: report.html beside what it reports)")
+    report.add_argument(
+        "--price", type=float, metavar="N", help="money an hour of all machines of a run costs"
+    )
+    report.add_argument("--live", action="store_true", help="write it again and again while the runs go on")
+    report.add_argument(
+        "--every", type=_seconds, default=30.0, metavar="S", help="with --live: seconds (default 30)"
+    )
     report.set_defaults(call=_report)
 
     plan = _command(commands, "plan", "time, memory and disk of a run before it starts, from some real steps")
@@ -267,6 +285,16 @@ def _study_options(parser: argparse.ArgumentParser) -> None:
         "--seeds", type=_at_least_one, help="0 to this many less one, instead of the study's own"
     )
     parser.add_argument("--scale", help="one of the study's scales, which shorten every run")
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0.1 to 86400")
+    return value
 
 
 def _at_least_one(text: str) -> int:
@@ -449,13 +477,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     sizes = arguments.resolutions and list(render_arguments.numbers(arguments.resolutions, "--resolutions"))
     result = evaluation.evaluate(
         arguments.run, which=arguments.which, split=arguments.split, resolutions=sizes, data=arguments.data,
-        raw=arguments.raw,
+        raw=arguments.raw, quick=arguments.quick,
     )  # fmt: skip
     evaluation.show(result)
     return 0
 
 
+def _watch(arguments: argparse.Namespace) -> int:
+    from irkd_dist import watch
+
+    return watch.watch(arguments.runs, arguments.every, arguments.once)
+
+
 def _report(arguments: argparse.Namespace) -> int:
+    if arguments.price is not None and not 0 <= arguments.price < float("inf"):
+        raise UserError(
+            f"--price {arguments.price:g}: give the money an hour of all machines costs, 0 or more"
+        )
     from irkd_dist import runfolder
 
     for run in arguments.runs:
@@ -463,7 +501,9 @@ def _report(arguments: argparse.Namespace) -> int:
     with _imports():
         from irkd_dist import report
 
-    print(report.write(arguments.runs, arguments.out))
+    if arguments.live:
+        return report.live(arguments.runs, arguments.out, price=arguments.price, every=arguments.every)
+    print(report.write(arguments.runs, arguments.out, price=arguments.price))
     return 0
 
 

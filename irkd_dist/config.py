@@ -302,6 +302,8 @@ class Track:
     log_every: Positive = 20  # steps between loss lines
     # images whose saliency panels are kept at the end of each stage
     panels: Annotated[int, Field(ge=0, le=1024)] = 4
+    # held-out images that each epoch's end measures agreement of maps and gradients of terms on; 0: none
+    probe: Annotated[int, Field(ge=0, le=1024)] = 64
     samples: bool = False  # write down which samples each step saw, in samples/ of the run folder
     __pydantic_config__ = _strict
 

@@ -152,7 +152,7 @@ def probe_teacher(parts: Parts, folder: Path, tracker: Tracker, position: Positi
             with build.evaluation_loader(
                 parts.config, manifest, engine, split, stage.resolution, full
             ) as loader:
-                view = _TeacherView(parts.teacher)
+                view = TeacherView(parts.teacher)
                 known[key] = metrics.accuracy(engine, view, loader, "the teacher", tracker)
         values = [known[s.resolution, s.teacher] for s in stages]
     skill = [competence(a, max(values), len(manifest.classes)) for a in values]
@@ -230,7 +230,7 @@ def _recorded(folder: Path, facts: dict[str, Any]) -> list[float] | None:
     return next((e["accuracy"] for e in told), None)
 
 
-class _TeacherView(torch.nn.Module):
+class TeacherView(torch.nn.Module):
     """The teacher as a model that gives logits, its own normalisation included."""
 
     def __init__(self, teacher: Teacher) -> None:
