@@ -103,8 +103,9 @@ def demonstrate(
     options = render.Options(resolutions, samples_per_shard=per_shard, val_fraction=0.1, crop_pct=0.875)
     manifest = render.render(open_source("folder", photos), shards, options)
     assert manifest is not None
-    print(f"{sum(manifest.splits.values()):,} photographs in {len(manifest.shards[f'r{resolutions[0]}']['train'])} "
-          f"training shards at {', '.join(map(str, resolutions))} px", flush=True)  # fmt: skip
+    training, sizes = next(iter(manifest.shards.values()))["train"], ", ".join(map(str, resolutions))
+    count = sum(manifest.splits.values())
+    print(f"{count:,} photographs in {len(training)} training shards, to be seen at {sizes} px", flush=True)
     with serve(shards) as (url, environment):
         stages = ", ".join(f"{{resolution: {size}}}" for size in resolutions)
         common = [CONFIG, f"data.shards={url}", f"out={out}", f"data.shard_cache.folder={out / 'cache'}"]
@@ -139,12 +140,8 @@ def main() -> None:
     for name in ("undisturbed", "killed"):
         summary = next(e for e in reversed(read_events(given.out / name)) if e["event"] == "summary")
         print(f"{name}: {summary['test_accuracy']:.2%} test accuracy at {summary['resolution']} px")
-    verdict = (
-        "; ".join(wrong)
-        if wrong
-        else f"the same samples at each of {len(read_samples(given.out / 'killed'))} steps"
-    )
-    print(f"{verdict}; {time.perf_counter() - began:.0f} s in all")
+    same = f"the same samples at each of {len(read_samples(given.out / 'killed'))} steps"
+    print(f"{'; '.join(wrong) or same}; {time.perf_counter() - began:.0f} s in all")
     sys.exit(1 if wrong else 0)
 
 
