@@ -60,7 +60,7 @@ class Data:
     centre_crop: bool = False  # crop-mode shards: evaluate on a centre crop instead of a resize
     # samples of a process that are measured at once
     eval_batch: Annotated[int, Field(gt=0, le=2**16), OPERATIONAL] = 256
-    # decoded images kept after the first epoch
+    # decoded images kept after the first epoch; in RAM one copy for the processes of a node
     cache: Annotated[Literal["none", "ram", "device"], OPERATIONAL] = "ram"
     workers: Annotated[int, Field(gt=0, le=1024), OPERATIONAL] = 2  # decoding threads
     # of shards, when they are opened
@@ -76,11 +76,12 @@ class Model:
     """A network: one of the paper's (custom, vit_tiny, vit_small), any timm model by name, or one with its weights:
     `local-dir:FOLDER` (as timm saves it) or `hf-hub:ORG/NAME`."""
 
-    name: str = "custom"
+    name: str = "custom"  # as above
     patch: Side | None = None  # null: the model's own; left out: 4 for the paper's models, else null
     image_size: Side | None = None  # size its position embeddings are made for; null: the largest stage
     distilled: bool | Literal["auto"] = "auto"  # distillation token; auto: when logits are distilled
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # on the embeddings and in the blocks' projections
+    # stochastic depth: rate of the last block, linear below
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     pretrained: bool = False  # the weights that timm, the folder or the hub has for it
     # weights to start from: a safetensors or PyTorch file, or a run, checkpoint or Hugging Face folder
@@ -124,7 +125,7 @@ class Teacher:
     renormalize: bool = False
     # its normalisation, for teacher.model; null: what its weights or timm say, else the shards'
     mean: tuple[float, float, float] | None = None
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None  # goes with mean
     cache: TeacherCache = field(default_factory=TeacherCache)
     __pydantic_config__ = _strict
 
@@ -134,8 +135,9 @@ class Kd:
     """Distillation of the teacher's logits."""
 
     alpha: NonNegativeFloat = 0.0  # weight; 0 is off
+    # soft: KL to the teacher's distribution; hard: CE with its decision
     kind: Literal["soft", "hard"] = "soft"
-    temperature: PositiveFloat = 4.0
+    temperature: PositiveFloat = 4.0  # of both softmaxes; the term is scaled by its square
     follow_teacher: bool = False  # scale alpha by the teacher's measured competence at a stage's resolution
     __pydantic_config__ = _strict
 
@@ -148,7 +150,7 @@ class Saliency:
     method: str = "gradient"  # a file of irkd_dist/distill/methods
     # or all, numbers, pairs [s, t]
     taps: str | list[Any] = field(default_factory=lambda: ["first", "second", "last"])
-    normalization: Literal["minmax", "l2"] = "minmax"
+    normalization: Literal["minmax", "l2"] = "minmax"  # of a map: by its range, or by its length
     every: Positive = 1  # computed on every k-th step
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the batch
     strict_paper: bool = False  # keep the paper's void last tap
@@ -160,7 +162,7 @@ class Saliency:
 class Loss:
     """CE + alpha KD + gamma saliency (`sum`, paper eq. 1), or (1 - alpha) CE + alpha KD + gamma saliency (`convex`)."""
 
-    form: Literal["sum", "convex"] = "sum"
+    form: Literal["sum", "convex"] = "sum"  # as above
     kd: Kd = field(default_factory=Kd)
     saliency: Saliency = field(default_factory=Saliency)
     __pydantic_config__ = _strict
@@ -182,7 +184,7 @@ class Ends:
 class Stage(Ends):
     """One resolution of the curriculum."""
 
-    resolution: Side
+    resolution: Side  # pixels a side
     epochs: Positive | None = None  # at most; null: curriculum.epochs
     # each step is at one of these or at `resolution`, drawn evenly; one that is named twice comes twice as often
     multiscale: list[Side] = field(default_factory=list)
@@ -199,7 +201,7 @@ class Curriculum(Ends):
     """Stages of resolution, in order; they may go down as well as up. What a stage leaves out is taken from here."""
 
     stages: list[Stage] = field(default_factory=list)
-    epochs: Positive = 10
+    epochs: Positive = 10  # at most, of each stage
     start_from: Literal["last", "best"] = "last"  # weights that the next stage starts from
     # tokens: a larger batch at low resolution, so that a batch has the tokens of data.batch at the largest stage
     batch: Literal["fixed", "tokens"] = "fixed"
@@ -212,8 +214,8 @@ class Curriculum(Ends):
 class Fixed(Ends):
     """Training at one resolution with one optimizer to the end."""
 
-    resolution: Side
-    epochs: Positive
+    resolution: Side  # pixels a side
+    epochs: Positive  # at most
     multiscale: list[Side] = field(default_factory=list)  # as a stage's
     __pydantic_config__ = _strict
 
@@ -222,6 +224,7 @@ class Fixed(Ends):
 class Schedule:
     """Learning rate over time, as parts of the peak `optim.lr`."""
 
+    # after the warm-up: flat, or a half cosine down
     kind: Literal["constant", "cosine", "one_cycle"] = "constant"
     warmup: Fraction = 0.0  # part of the span
     start: NonNegativeFloat = 0.0  # first rate of the warm-up, as a part of the peak
@@ -243,15 +246,16 @@ class Ema:
 class Optim:
     """AdamW and what happens to it at a stage change."""
 
-    lr: PositiveFloat = 3e-4
+    lr: PositiveFloat = 3e-4  # peak learning rate
     weight_decay: NonNegativeFloat = 1e-4  # on weights; none on biases, norms, tokens and position embeddings
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
+    betas: tuple[Beta, Beta] = (0.9, 0.999)  # decay of first and second moments
+    eps: PositiveFloat = 1e-8  # AdamW's
     clip: PositiveFloat | None = None  # global gradient norm
     # micro-batches that each process computes its share of the batch in; the global batch stays
     accumulate: Annotated[int, Field(gt=0), OPERATIONAL] = 1
     # steps without a finite loss, since the last checkpoint, after which the run goes back to it (once)
     max_skips: Annotated[int, Field(ge=0), OPERATIONAL] = 10
+    # at a stage change: zero moments and a new schedule, both go on, or both go on with a new warm-up
     policy: Literal["reset", "carry", "rewarm"] = "reset"
     rewarm_steps: Positive = 100  # under rewarm: steps of a linear warm-up at each new stage
     schedule: Schedule = field(default_factory=Schedule)
@@ -267,8 +271,8 @@ class Optim:
 class Checkpoint:
     """When checkpoints are written and how many stay; one is always written at the end of an epoch."""
 
-    every_steps: Positive | None = None
-    every_minutes: PositiveFloat | None = None
+    every_steps: Positive | None = None  # null: not by steps
+    every_minutes: PositiveFloat | None = None  # null: not by time
     keep: Positive = 2  # newest ones kept, besides the best of each stage
     keep_epochs: Positive | None = None  # and every n-th epoch's for good (for intermediate stages' teachers)
     __pydantic_config__ = _strict
@@ -278,9 +282,9 @@ class Checkpoint:
 class Track:
     """Where metrics go besides events.jsonl."""
 
-    backend: Literal["none", "wandb", "tensorboard"] = "none"
+    backend: Literal["none", "wandb", "tensorboard"] = "none"  # none: events.jsonl alone
     mode: Literal["online", "offline"] = "offline"  # of W&B; offline needs no account
-    project: str = "irkd"
+    project: str = "irkd"  # W&B's
     log_every: Positive = 20  # steps between loss lines
     # images whose saliency panels are kept at the end of each stage
     panels: Annotated[int, Field(ge=0, le=1024)] = 4
@@ -292,7 +296,7 @@ class Track:
 class Config:
     """One experiment."""
 
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0  # of weights, order, augmentation and dropout
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     student: Model = field(default_factory=Model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from irkd_dist.data import memory, sampler
 from irkd_dist.data.remote import Url
 from irkd_dist.data.shards import Encoding, Manifest, Split, decode, open_split
+from irkd_dist.data.shared import Node, Region
 from irkd_dist.errors import UserError
 
 Cache = Literal["none", "ram", "device"]
@@ -48,6 +50,7 @@ class Work:
     cache: Cache = "ram"
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
     workers: int = 2
+    node: Node | None = None  # with whom decoded images in RAM are shared
 
 
 def balanced_subset(labels: np.ndarray, count: int) -> np.ndarray:
@@ -68,11 +71,14 @@ def balanced_subset(labels: np.ndarray, count: int) -> np.ndarray:
 class Images:
     """Decoded images of a data set at a stored size: take(rows) gives uint8 (n, 3, size, size) on the device.
 
-    Threads may take at once: the rows of different steps differ, and a row filled twice gets the same pixels.
+    Threads and processes may take at once: a row filled twice gets the same pixels. Images in RAM are one copy for the
+    processes of a node, each of which fills what it is the first to take.
 
     kept: where decoded images stay, as it was decided; note: why that is not what was asked for. by_shard: how many
     rows are in each shard, which they follow.
     """
+
+    _region: Region | None = None
 
     def __init__(self, data: Dataset, size: int, work: Work) -> None:
         """Raises UserError as `Dataset.open` does; with cache "device" also for an image that cannot be read."""
@@ -90,8 +96,10 @@ class Images:
             self.by_shard = np.bincount(self._split.shard[self.ids], minlength=1)
             self._filled = np.zeros(len(self.ids), dtype=bool)
             self.note: str | None = None
-            self.kept = self._decide(work.cache)
-            if self.kept != "none":
+            self.kept = self._decide(work.cache, work.node, f"{data!r} at {size} px")
+            if self._region is not None:
+                self._cache = self._in_region(self._region)
+            elif self.kept != "none":
                 place = work.device if self.kept == "device" else "cpu"
                 self._cache = torch.empty(len(self.ids), *self._shape, dtype=torch.uint8, device=place)
                 if self.kept == "device":
@@ -107,6 +115,11 @@ class Images:
             return 0
         return int(np.count_nonzero(~self._filled)) * self._shape.numel()
 
+    @property
+    def shared(self) -> bool:
+        """Whether the images are one copy for all processes of the node."""
+        return self._region is not None
+
     def expect(self, at_once: int) -> str | None:
         """Prepare for reads out of so many shards at once; a note, where that has to be slow."""
         return self._split.expect(at_once)
@@ -119,6 +132,8 @@ class Images:
         """Close the files and let the images go."""
         self._split.close()
         self._cache = None
+        if self._region is not None:
+            self._region.close()
 
     def take(self, rows: np.ndarray) -> Tensor:
         """The images of some rows."""
@@ -128,8 +143,8 @@ class Images:
         self._fill(cache, rows)
         return self._put(cache.index_select(0, torch.from_numpy(rows).to(cache.device)))
 
-    def _decide(self, wanted: Cache) -> Cache:
-        """Where decoded images are kept; over the epochs that is nearly all of them, in every process."""
+    def _decide(self, wanted: Cache, node: Node | None, what: str) -> Cache:
+        """Where decoded images are kept; over the epochs that is nearly all of them."""
         size = len(self.ids) * self._shape.numel()
         if wanted == "device" and self._device.type == "cuda":
             if size <= memory.DEVICE * (left := memory.left_on(self._device)):
@@ -138,6 +153,8 @@ class Images:
                 f"{wanted}: they take {size / GIB:.2f} GiB of {left / GIB:.2f} left on it", "in RAM instead"
             )
             wanted = "ram"
+        if wanted == "ram" and node is not None:
+            return self._decide_shared(node, what, size)
         if wanted != "none" and not memory.promise(self, size):
             left = memory.left()
             self._say(
@@ -145,6 +162,22 @@ class Images:
             )
             return "none"
         return wanted
+
+    def _decide_shared(self, node: Node, what: str, size: int) -> Cache:
+        """The first process of a node decides for all; a byte an image says whether it is there."""
+        name = hashlib.sha256(what.encode()).hexdigest()[:16]
+        left = memory.left(shared=True)
+        self._region = node.region(name, size + len(self.ids), may=size <= memory.RAM * left)
+        if self._region is None:
+            self._say(f"ram: they take {size / GIB:.2f} GiB of {left / GIB:.2f} left a node", "not at all")
+            return "none"
+        memory.note(self)
+        return "ram"
+
+    def _in_region(self, region: Region) -> Tensor:
+        n, pixels = len(self.ids), len(self.ids) * self._shape.numel()
+        self._filled = np.frombuffer(region.bytes, bool, n, offset=pixels)
+        return torch.frombuffer(region.bytes, dtype=torch.uint8, count=pixels).view(n, *self._shape)
 
     def _say(self, why: str, instead: str) -> None:
         self.note = f"{self._name} at {self.size} px: decoded images are kept {instead}, not data.cache={why}"

@@ -39,7 +39,7 @@ def build(config: Config, engine: Engine) -> Parts:
     folder = configuration.shards_of(config)
     manifest = distributed.on_main(engine, lambda: shards.load_manifest(folder))
     stages = configuration.stages(config)
-    preflight.check_data(config, engine, manifest)
+    preflight.check_data(config, manifest)
     notes = preflight.notes(config, engine)
 
     student, (arguments, weight_notes) = distributed.network(engine, lambda: _student(config, manifest))
@@ -55,7 +55,8 @@ def build(config: Config, engine: Engine) -> Parts:
         notes += network.notes
         of_run = config.teacher.run is not None
         teacher_digest = None if of_run else restore.weights_digest(network.model)[:16]
-        pairs, tap_notes = networks.tap_pairs(config, student, network.model)
+        side = manifest.largest if full_view(config) else None
+        pairs, tap_notes = networks.tap_pairs(config, student, network.model, side)
         notes += tap_notes
         taps = [s.path for s, _ in pairs]
         teacher = _teacher(config, engine, network, manifest, [t.path for _, t in pairs])
@@ -74,11 +75,12 @@ def build(config: Config, engine: Engine) -> Parts:
     preflight.check_fraction(config, student)
     preflight.check_layers(config, student)
     preflight.check_forward(config, manifest, stages, student, taps, teacher)
+    preflight.check_shards(config, engine, manifest)  # last: it reads every file
 
     if config.optim.checkpoint_blocks:
         models.checkpoint_blocks(student)
     distiller = Distiller(student, _objective(config, taps), engine.autocast)
-    _compile(config, engine, distiller, teacher, notes)
+    _compile(config, engine, distiller, teacher, second_order, notes)
     groups = optim.parameter_groups(student, config.optim.weight_decay, config.optim.layer_decay)
     # fused: one pass over each tensor, the same arithmetic on every device, and it can leave an update out there
     optimizer = torch.optim.AdamW(
@@ -156,7 +158,7 @@ def evaluation_loader(
 
 
 def _work(config: Config, engine: Engine) -> Work:
-    return Work(config.data.cache, engine.device, config.data.workers)
+    return Work(config.data.cache, engine.device, config.data.workers, engine.node)
 
 
 def full_view(config: Config) -> bool:
@@ -196,13 +198,18 @@ def config_digest(config: Config) -> str:
 
 
 def _compile(
-    config: Config, engine: Engine, distiller: Distiller, teacher: Teacher | None, notes: list[str]
+    config: Config,
+    engine: Engine,
+    distiller: Distiller,
+    teacher: Teacher | None,
+    inner_gradient: bool,
+    notes: list[str],
 ) -> None:
     if config.compile is False:
         return
     from irkd_dist.distill import compiling
 
-    why = compiling.why_not(engine.device, engine.name)
+    why = compiling.why_not(engine.device, engine.name, inner_gradient)
     if why is not None and config.compile is True:
         raise UserError(f"compile=on, but {why}; use compile=auto or off")
     if why is not None:

@@ -21,11 +21,11 @@ from irkd_dist.training.engines import Engine
 from irkd_dist.training.parts import Parts
 
 
-def check_data(config: Config, engine: Engine, manifest: shards.Manifest) -> None:
-    """Compare shards and configuration.
+def check_data(config: Config, manifest: shards.Manifest) -> None:
+    """Compare the shards' manifest and the configuration.
 
     Raises:
-        UserError: on every rank alike; a split or a resolution is missing, or a file is damaged.
+        UserError: a split or a resolution is missing.
     """
     data = configuration.shards_of(config)
     if "train" not in manifest.splits:
@@ -46,7 +46,6 @@ def check_data(config: Config, engine: Engine, manifest: shards.Manifest) -> Non
                 f"{', '.join(map(str, manifest.resolutions))}: render again with --resolutions "
                 + ",".join(str(r) for r in sorted({*missing, *manifest.resolutions}))
             )
-    check_shards(config, engine, manifest)
 
 
 def used_shards(config: Config, manifest: shards.Manifest) -> list[tuple[Path | Url, shards.Shard]]:

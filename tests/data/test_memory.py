@@ -63,8 +63,8 @@ def test_what_is_left_here_is_no_more_than_the_host_has(monkeypatch):
 
 
 class Owner:
-    def __init__(self, unfilled: int) -> None:
-        self.unfilled = unfilled
+    def __init__(self, unfilled: int, shared: bool = False) -> None:
+        self.unfilled, self.shared = unfilled, shared
 
 
 @pytest.fixture
@@ -85,6 +85,19 @@ def test_memory_is_promised_once():
     assert memory.promise(second, 6 * MIB)
     del first, second
     assert memory.left() == 10 * MIB
+
+
+@pytest.mark.usefixtures("ten_mib")
+def test_what_is_shared_counts_once_a_node(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert (memory.left(), memory.left(shared=True)) == (2.5 * MIB, 10 * MIB)
+    common, own = Owner(2 * MIB, shared=True), Owner(MIB)
+    memory.note(common)
+    assert (memory.left(), memory.left(shared=True)) == (2 * MIB, 8 * MIB)
+    assert memory.promise(own, MIB)  # and the three others are taken to have the same
+    assert (memory.left(), memory.left(shared=True)) == (MIB, 4 * MIB)
+    common.unfilled = 0
+    assert memory.left(shared=True) == 6 * MIB
 
 
 def images(data, size: int, **work) -> Images:
