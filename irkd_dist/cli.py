@@ -245,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(
         commands, "verify", "check every file of shards, a run or a checkpoint; exit code 1 if one is bad"
     )
-    verify.add_argument("path", type=Path, help="folder of shards, run folder or checkpoint")
+    verify.add_argument("path", help="folder of shards, or its URL, run folder or checkpoint")
     verify.set_defaults(call=_verify)
 
     cache = _command(commands, "cache", "what a teacher's cache holds, and for which runs")
@@ -361,14 +361,15 @@ def _render_source(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     with _imports():
         from irkd_dist import verify
+        from irkd_dist.data import remote
         from irkd_dist.training.tracking import count_bar
 
-    problems = 0
+    problems, place = 0, remote.place(arguments.path)
     with count_bar("files", pause_s=10) as (progress, tell):
-        for problem in verify.verify(arguments.path, progress):
+        for problem in verify.verify(place, progress):
             tell(printable(problem))
             problems += 1
-    print(printable(f"{arguments.path}: {f'{problems} problems' if problems else 'all as it should be'}"))
+    print(printable(f"{place}: {f'{problems} problems' if problems else 'all as it should be'}"))
     return 1 if problems else 0
 
 

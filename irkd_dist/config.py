@@ -379,7 +379,7 @@ def from_values(
     _check_name(config.name, where)
     if remote.literal_secret(references.get("data.shards", config.data.shards)):
         raise UserError(
-            f"{where.of('data.shards')}: data.shards={remote.without_secrets(config.data.shards)} carries a password "
+            f"data.shards={remote.without_secrets(config.data.shards)} carries a password "
             "or a query, which would be written into the run folder: put it into an environment variable, and give "
             "data.shards='${oc.env:NAME}'"
         )

@@ -20,6 +20,7 @@ from irkd_dist.training import (
     build,
     curriculum,
     distributed,
+    downloads,
     metrics,
     opening,
     optim,
@@ -131,6 +132,7 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     parts, engine, tracker, before = run.parts, run.parts.engine, run.tracker, run.position.curriculum
     started, at, resolution = time.perf_counter(), run.position.step, loader.resolution
     answers.end_epoch(parts, tracker, at)
+    downloads.tell(parts, tracker, at)
     tokens = len(loader) * build.tokens_per_image(parts.student, loader.scales)
     judged = distributed.broadcast(  # by rank 0's clock
         engine,
