@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from irkd_dist import verify
 from irkd_dist.data import remote, render, sampler, shards, store
@@ -502,3 +503,31 @@ def test_verify_reads_what_the_server_has(many: Path, server: Server, tmp_path: 
     assert problem.startswith(f"{server.url}/r8/train-000003.tar")
     assert "truncated: 9,000 bytes" in problem or "shorter there" in problem
     assert not [f for f in tmp_path.rglob("*") if f.is_file()]
+
+
+def test_shards_of_one_class_each_are_warned_of_and_shuffled_ones_are_not(tmp_path: Path) -> None:
+    for i in range(120):
+        (own := tmp_path / "images" / "train" / f"class-{i // 10:02d}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 2 * i, 0)).save(own / f"{i}.png")
+    source = open_source("folder", tmp_path / "images")
+    notes, labels = [], []
+    for shuffle in (False, True):
+        out = tmp_path / str(shuffle)
+        options = render.Options((8,), samples_per_shard=10, val_fraction=0.0, shuffle=shuffle)
+        manifest = render.render(source, out, options)
+        assert manifest is not None
+        assert manifest.splits == {"train": 120}
+        of = Dataset(out, manifest, "train", verify="size", order="shard", block=2)
+        with Loader(of, View(8, Augment()), batch=20, seed=0) as own:
+            notes.append(own.notes)
+            batch = next(iter(own.batches(0)))
+            labels.append(len(set(batch.labels.tolist())))
+            opened = shards.open_split(out, manifest, "train", 8)
+            colours = sorted(shards.decode(opened.image(i), "png")[0, 0, 0].item() for i in range(120))
+            assert colours == list(range(120))  # each image once, under its own class
+            for i in range(120):
+                assert opened.labels[i] == shards.decode(opened.image(i), "png")[0, 0, 0].item() // 10
+    assert labels[0] == 2
+    assert labels[1] > 6
+    assert notes[1] == []
+    assert "the first 20 images of an epoch have 2 classes, 10 are to be expected" in notes[0][0]
