@@ -36,7 +36,9 @@ def pinned(file: str) -> dict[str, str]:
 def test_a_lock_has_a_version_of_all_that_is_asked_for(file: str) -> None:
     extras = PROJECT["optional-dependencies"]
     have = pinned(file)
-    for requirement in map(Requirement, (*PROJECT["dependencies"], *extras["all"], *extras["dev"], *extras["docs"])):
+    for requirement in map(
+        Requirement, (*PROJECT["dependencies"], *extras["all"], *extras["dev"], *extras["docs"])
+    ):
         version = have[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement}: {version}; make lock"
 

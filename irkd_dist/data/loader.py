@@ -97,7 +97,8 @@ class Loader:
         at_once = len(self._by_shard) if view.augment is not None else _IN_ORDER
         if data.order == "shard" and view.augment is not None:
             self._block = at_once = data.block
-        slow = [source.expect(at_once) for views in self._all.values() for source in views.sources]
+        sources = [source for views in self._all.values() for source in views.sources]
+        slow = [source.expect(at_once, len(sources)) for source in sources]
         self.notes = [note for views in self._all.values() for note in views.notes]
         self.notes += [note for note in slow if note]
         self.kept = {size: where for views in self._all.values() for size, where in views.kept.items()}
