@@ -23,7 +23,7 @@ def add_to(render: argparse.ArgumentParser) -> None:
     add = render.add_argument
     add("source", choices=SOURCES,
         help="`irkd render SOURCE --help` shows what it has; docs/data.md its layouts")  # fmt: skip
-    add("--path", type=Path, help="where the source's files are")
+    add("--path", help="where the source's files are; of wds also a URL, see docs/streaming.md")
     add("--out", type=Path, required=True, help="folder of the shards")
     add("--resolutions", metavar="R,R,...", help="in pixels, e.g. 12,16,20,24,28,32")
     add("--crop-pct", type=float, default=1.0, metavar="P",

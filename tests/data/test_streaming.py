@@ -115,6 +115,10 @@ def test_s3_gives_the_same(many: Path, tmp_path: Path, monkeypatch: pytest.Monke
         url = remote.place("s3://images", Settings(str(tmp_path), **FAST))  # type: ignore[arg-type]
         assert isinstance(url, remote.Url)
         assert seen(loader(url, Augment())) == seen(loader(many, Augment()))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+        plain, here = open_source("wds", "s3://images/r8"), open_source("wds", many / "r8")
+        for split, labels in here.labels.items():
+            assert plain.labels[split].tolist() == labels.tolist()
         with pytest.raises(
             UserError, match=r"s3://images/no/manifest\.json cannot be read: there is no such file"
         ):
@@ -536,3 +540,29 @@ def test_shards_of_one_class_each_are_warned_of_and_shuffled_ones_are_not(tmp_pa
     assert labels[1] > 6
     assert notes[1] == []
     assert "the first 20 images of an epoch have 2 classes, 10 are to be expected" in notes[0][0]
+
+
+def test_plain_tars_behind_a_url_are_rendered(
+    many: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    named = f"{server.url}/r12/train-{{000000..000011}}.tar?sig=hush"
+    by_url, here = open_source("wds", named), open_source("wds", many / "r12")
+    assert by_url.labels.keys() == {"train"}
+    assert np.array_equal(by_url.labels["train"], here.labels["train"])
+    for one, other in zip(by_url.read("train", range(120)), here.read("train", range(120)), strict=True):
+        assert one == other
+    asked = len(server.faults.asked)
+    assert open_source("wds", named).fingerprint == by_url.fingerprint
+    assert not [r for path, r in server.faults.asked[asked:] if r]  # sizes only
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    server.faults.ranges = False
+    assert np.array_equal(open_source("wds", named).labels["train"], here.labels["train"])
+    with pytest.raises(
+        UserError, match=r"http has no list of files: name the tars, http://host/train-\{000000"
+    ):
+        open_source("wds", server.url)
+    with pytest.raises(UserError, match=r"train-000012\.tar.* cannot be read: there is no such file"):
+        open_source("wds", f"{server.url}/r12/train-{{000000..000012}}.tar")
+    with pytest.raises(UserError, match=r"only source wds is read from a URL, not folder"):
+        open_source("folder", server.url)
