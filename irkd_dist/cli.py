@@ -331,7 +331,7 @@ def _render_source(arguments: argparse.Namespace) -> int:
     options = render.Options(
         resolutions, arguments.mode, arguments.encoding, arguments.samples_per_shard, arguments.val_fraction,
         arguments.seed, arguments.limit, arguments.dataset, arguments.workers, arguments.max_bad, arguments.fit,
-        arguments.crop_pct, arguments.white,
+        arguments.crop_pct, arguments.white, arguments.shuffle,
     )  # fmt: skip
     render.check(options)
     source = open_source(

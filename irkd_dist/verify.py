@@ -20,7 +20,7 @@ from irkd_dist.data import shards as format
 from irkd_dist.data.index import Index
 from irkd_dist.data.remote import Url
 from irkd_dist.distill import cache_admin, cache_files
-from irkd_dist.errors import UserError
+from irkd_dist.errors import Passing, UserError
 
 Progress = Callable[[int, int], None]
 
@@ -95,11 +95,13 @@ def shards(folder: Path | Url, progress: Progress) -> Iterator[str]:
                     yield f"{place} {found}"
                     continue
                 listed = format.scan(path, manifest.encoding)
-                found = _one_shard(path, shard, listed, manifest, resolution)
-                yield from (f"{place} {problem}" for problem in found)
+                problems = _one_shard(path, shard, listed, manifest, resolution)
+                yield from (f"{place} {problem}" for problem in problems)
         except (ValueError, OSError) as error:
             yield f"{place} is not a shard of this manifest: {error}"
             continue
+        except Passing:
+            raise
         except UserError as error:  # of a server
             yield str(error)
             continue
