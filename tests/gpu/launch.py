@@ -30,7 +30,9 @@ def irkd(*arguments: str, **environment: str) -> Command:
 
 def run(command: Command) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; one that does not end in time has -1 for its exit code."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **command.environment}
+    # TF32 rounds a product's factors to eleven bits, and these runs are compared with a CPU's
+    exact = {"OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
+    environment = {**os.environ, **exact, **command.environment}
     line = [sys.executable, "-m", *command.arguments]
     try:
         return subprocess.run(

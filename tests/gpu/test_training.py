@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 from pathlib import Path
 
@@ -70,8 +71,13 @@ def second(first: Done, student_yaml: Path, folder: Path) -> Done:
     def again(name: str, *more: str, **environment: str) -> Command:
         return irkd("train", str(student_yaml), *SHORT, f"name={name}", *more, **environment)
 
+    (folder / "study.yaml").write_text(
+        f"title: Two seeds\nexperiments: {{KD: {student_yaml}}}\nseeds: [0, 1]\noverrides: {json.dumps(SHORT)}\n"
+    )
+    table = ("--jobs", "2", "--out", str(folder / "table.md"))
     return beside(
         {
+            "study": irkd("study", str(folder / "study.yaml"), *table),
             "killed": again("killed", OFTEN),
             "to-cpu": again("to-cpu", **NO_GPU),
             "from-cpu": again("from-cpu"),
@@ -181,6 +187,11 @@ def test_measured_reported_and_drawn(second: Done, folder: Path) -> None:
     assert any((folder / "ddp" / "evaluation").iterdir())
     assert "data:image" in (folder / "ddp" / "report.html").read_text()
     assert list((folder / "ddp" / "panels").glob("*.npz"))
+
+
+def test_two_runs_of_a_study_share_a_gpu(second: Done, folder: Path) -> None:
+    succeeded(second["study"])
+    assert "| KD | 2 |" in (folder / "table.md").read_text()
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
