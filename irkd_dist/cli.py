@@ -163,6 +163,12 @@ def _parser() -> argparse.ArgumentParser:
         "runs", type=Path, nargs="+", metavar="run", help="one run folder, or several to compare"
     )
     report.add_argument("--out", type=Path, help="the page (default: report.html beside what it reports)")
+    report.add_argument(
+        "--summary",
+        type=Path,
+        metavar="FILE",
+        help="instead of a page what a finished run came to, as JSON to cite",
+    )
     report.set_defaults(call=_report)
 
     plan = _command(commands, "plan", "time, memory and disk of a run before it starts, from some real steps")
@@ -219,7 +225,9 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.set_defaults(call=_reproduce)
 
     verify = _command(
-        commands, "verify", "check every file of shards, a run or a checkpoint; exit code 1 if one is bad"
+        commands,
+        "verify",
+        "check every file of shards, a run, a checkpoint or a page of results; exit code 1 if one is bad",
     )
     verify.add_argument("path", type=Path, help="folder of shards, run folder or checkpoint")
     verify.set_defaults(call=_verify)
@@ -432,8 +440,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     with _imports():
-        from irkd_dist import report
+        from irkd_dist import evidence, files, report
 
+    if arguments.summary is not None:
+        if len(arguments.runs) > 1:
+            raise UserError("--summary is of one run: name one")
+        values = evidence.summary(arguments.runs[0])
+        files.write(arguments.summary, json.dumps(values, indent=1) + "\n")
+        print(arguments.summary)
+        return 0
     print(report.write(arguments.runs, arguments.out))
     return 0
 
