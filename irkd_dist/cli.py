@@ -121,6 +121,19 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--slurm", action="store_true", help="on every node of this SLURM allocation")
     doctor.set_defaults(call=_doctor)
 
+    plan = _command(commands, "plan", "time, memory and disk of a run before it starts, from some real steps")
+    plan.add_argument("config", type=Path, help="configuration")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument(
+        "--gpus", type=_at_least_one, default=1, metavar="N", help="devices a node like this one's"
+    )
+    plan.add_argument("--nodes", type=_at_least_one, default=1, metavar="M")
+    plan.add_argument(
+        "--bandwidth", type=float, default=10.0, metavar="GB/s", help="of the slowest link (default: 10)"
+    )
+    plan.add_argument("--json", action="store_true")
+    plan.set_defaults(call=_plan)
+
     teach = _command(commands, "teach", "fill the teacher's cache ahead of a training")
     teach.add_argument("config", help="YAML file of the training; it names teacher.cache.folder")
     teach.add_argument(
@@ -164,19 +177,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--out", type=Path, help="the page (default: report.html beside what it reports)")
     report.set_defaults(call=_report)
-
-    plan = _command(commands, "plan", "time, memory and disk of a run before it starts, from some real steps")
-    plan.add_argument("config", type=Path, help="configuration")
-    plan.add_argument("overrides", nargs="*", metavar="key=value")
-    plan.add_argument(
-        "--gpus", type=_at_least_one, default=1, metavar="N", help="devices a node like this one's"
-    )
-    plan.add_argument("--nodes", type=_at_least_one, default=1, metavar="M")
-    plan.add_argument(
-        "--bandwidth", type=float, default=10.0, metavar="GB/s", help="of the slowest link (default: 10)"
-    )
-    plan.add_argument("--json", action="store_true")
-    plan.set_defaults(call=_plan)
 
     export = _command(
         commands, "export", "a student as a folder for timm, ONNX, torch and the Hugging Face Hub"
