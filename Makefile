@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # LOCKED=1: the exact versions of requirements.lock, each file by its hash; else the newest that pyproject.toml allows
 LOCKED ?=
 
-.PHONY: demo cifar10 test cluster chaos fuzz docs lint format lock lowest sbom dist clean env
+.PHONY: demo large cifar10 test cluster chaos fuzz docs lint format lock lowest sbom dist clean env
 env: $(STAMP)
 
 $(STAMP): pyproject.toml requirements.lock
@@ -23,6 +23,10 @@ $(STAMP): pyproject.toml requirements.lock
 
 demo: $(STAMP)
 	$(BIN)/irkd demo
+
+# shards behind an S3 server: two processes, killed, and three; for a new start remove runs/large
+large: $(STAMP)
+	$(BIN)/python -m benchmarks.large
 
 # teacher, student, measurements and page on CIFAR-10; each step goes on where it stopped. CIFAR10: a folder with the
 # Hugging Face parquet files; without it the original archive is fetched

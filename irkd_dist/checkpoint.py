@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,9 +180,14 @@ def weights_file(state: dict[str, Any], averaged: bool = True) -> str:
 
 
 def load_student(folder: Path, averaged: bool = True) -> dict[str, Tensor]:
-    """Read a student's weights alone, those of `weights_file`."""
+    """Read a student's weights alone, those of `weights_file`, without the projections of its features."""
     state = load_state(folder)
-    return _read(folder / weights_file(state, averaged), state)
+    return without(_read(folder / weights_file(state, averaged), state))
+
+
+def without(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a student alone, without the projections of its features (loss.features), which no one else needs."""
+    return {k: v for k, v in weights.items() if not k.startswith(f"{runfolder.PROJECTIONS}.")}
 
 
 def name(step: int) -> str:

@@ -134,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true")
     plan.set_defaults(call=_plan)
 
+    what = "train a linear head on a backbone without one; its run folder is a teacher"
+    probe = _command(commands, "probe", what)
+    probe.add_argument("config", help="YAML file: student (with weights) is the backbone, data the images")
+    probe.add_argument("overrides", nargs="*", metavar="key=value", help="or --key=value")
+    probe.set_defaults(call=_probe)
+
     teach = _command(commands, "teach", "fill the teacher's cache ahead of a training")
     teach.add_argument("config", help="YAML file of the training; it names teacher.cache.folder")
     teach.add_argument(
@@ -156,6 +162,12 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("run", type=Path, help="run folder, or a folder of them for a line each")
     status.set_defaults(call=_status)
 
+    watch = _command(commands, "watch", "runs as they go: bars, losses, speed, time left, last events")
+    watch.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, or folders of them")
+    watch.add_argument("--every", type=_seconds, default=2.0, metavar="S", help="seconds between two looks")
+    watch.add_argument("--once", action="store_true", help="a line for each run, and no more")
+    watch.set_defaults(call=_watch)
+
     evaluate = commands.add_parser(
         "evaluate", help="accuracy at each resolution, saliency agreement, pointing game"
     )
@@ -168,6 +180,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--raw", action="store_true", help="the trained weights, not their moving average (optim.ema)"
     )
+    evaluate.add_argument(
+        "--quick",
+        action="store_true",
+        help="this checkpoint alone: no teacher on all images, no other stages",
+    )
     evaluate.add_argument("--data", help="shards, if they are not where the run found them")
     evaluate.set_defaults(call=_evaluate)
 
@@ -176,6 +193,13 @@ def _parser() -> argparse.ArgumentParser:
         "runs", type=Path, nargs="+", metavar="run", help="one run folder, or several to compare"
     )
     report.add_argument("--out", type=Path, help="the page (default: report.html beside what it reports)")
+    report.add_argument(
+        "--price", type=float, metavar="N", help="money an hour of all machines of a run costs"
+    )
+    report.add_argument("--live", action="store_true", help="write it again and again while the runs go on")
+    report.add_argument(
+        "--every", type=_seconds, default=30.0, metavar="S", help="with --live: seconds (default 30)"
+    )
     report.set_defaults(call=_report)
 
     export = _command(
@@ -221,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(
         commands, "verify", "check every file of shards, a run or a checkpoint; exit code 1 if one is bad"
     )
-    verify.add_argument("path", type=Path, help="folder of shards, run folder or checkpoint")
+    verify.add_argument("path", help="folder of shards, or its URL, run folder or checkpoint")
     verify.set_defaults(call=_verify)
 
     cache = _command(commands, "cache", "what a teacher's cache holds, and for which runs")
@@ -261,6 +285,16 @@ def _study_options(parser: argparse.ArgumentParser) -> None:
         "--seeds", type=_at_least_one, help="0 to this many less one, instead of the study's own"
     )
     parser.add_argument("--scale", help="one of the study's scales, which shorten every run")
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0.1 to 86400")
+    return value
 
 
 def _at_least_one(text: str) -> int:
@@ -327,14 +361,15 @@ def _render_source(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     with _imports():
         from irkd_dist import verify
+        from irkd_dist.data import remote
         from irkd_dist.training.tracking import count_bar
 
-    problems = 0
+    problems, place = 0, remote.place(arguments.path)
     with count_bar("files", pause_s=10) as (progress, tell):
-        for problem in verify.verify(arguments.path, progress):
+        for problem in verify.verify(place, progress):
             tell(printable(problem))
             problems += 1
-    print(printable(f"{arguments.path}: {f'{problems} problems' if problems else 'all as it should be'}"))
+    print(printable(f"{place}: {f'{problems} problems' if problems else 'all as it should be'}"))
     return 1 if problems else 0
 
 
@@ -376,6 +411,22 @@ def _requeue(arguments: argparse.Namespace) -> int:
     from irkd_dist.training import requeue
 
     print(requeue.decide(arguments.run, arguments.limit, owner=arguments.owner))
+    return 0
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from irkd_dist import config
+
+    loaded = config.load(arguments.config, arguments.overrides)
+    with _imports():
+        from irkd_dist.linear_probe import probe
+
+    done = probe(loaded, say=lambda text: print(printable(text)))
+    kept = "" if done.computed else " (features were there)"
+    print(
+        f"validation accuracy {done.accuracy:.2%} with penalty {done.penalty:g}{kept}; "
+        f"teacher: {{run: {printable(str(done.folder))}, renormalize: true}}"
+    )
     return 0
 
 
@@ -427,13 +478,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     sizes = arguments.resolutions and list(render_arguments.numbers(arguments.resolutions, "--resolutions"))
     result = evaluation.evaluate(
         arguments.run, which=arguments.which, split=arguments.split, resolutions=sizes, data=arguments.data,
-        raw=arguments.raw,
+        raw=arguments.raw, quick=arguments.quick,
     )  # fmt: skip
     evaluation.show(result)
     return 0
 
 
+def _watch(arguments: argparse.Namespace) -> int:
+    from irkd_dist import watch
+
+    return watch.watch(arguments.runs, arguments.every, arguments.once)
+
+
 def _report(arguments: argparse.Namespace) -> int:
+    if arguments.price is not None and not 0 <= arguments.price < float("inf"):
+        raise UserError(
+            f"--price {arguments.price:g}: give the money an hour of all machines costs, 0 or more"
+        )
     from irkd_dist import runfolder
 
     for run in arguments.runs:
@@ -441,7 +502,9 @@ def _report(arguments: argparse.Namespace) -> int:
     with _imports():
         from irkd_dist import report
 
-    print(report.write(arguments.runs, arguments.out))
+    if arguments.live:
+        return report.live(arguments.runs, arguments.out, price=arguments.price, every=arguments.every)
+    print(report.write(arguments.runs, arguments.out, price=arguments.price))
     return 0
 
 
@@ -456,7 +519,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         from irkd_dist.training import tracking
 
     model = plan.Model(arguments.gpus * arguments.nodes, bandwidth=1e9 * arguments.bandwidth)
-    forecast = plan.plan(loaded, model)
+    forecast = plan.plan(loaded, model, arguments.config)
     if arguments.json:
         print(json.dumps(plan.to_dict(forecast)))
         return 0

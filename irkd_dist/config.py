@@ -118,6 +118,8 @@ class Teacher:
     view: Literal["matched", "full"] = "matched"
     # aligned: stage i of n gets the teacher as of (i + 1) / n of its run
     schedule: Literal["final", "aligned"] = "final"
+    # false: a backbone without a head (DINOv2), for loss.features and attention maps alone
+    logits: bool = True
     averaged: bool = True  # take the moving average of a run's weights where it keeps one (optim.ema)
     # spread its parameters over the processes (FSDP2): for one too large for a device
     shard: Annotated[bool, OPERATIONAL] = False
@@ -159,12 +161,24 @@ class Saliency:
 
 
 @dataclass(frozen=True)
+class Features:
+    """Alignment of features through a learned linear projection (FitNets)."""
+
+    beta: NonNegativeFloat = 0.0  # weight; 0 is off
+    kind: Literal["cosine", "mse"] = "cosine"  # distance of a projected feature to the teacher's
+    taps: list[Any] = field(default_factory=lambda: ["last"])  # as saliency's; the projections are by pair
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
 class Loss:
-    """CE + alpha KD + gamma saliency (`sum`, paper eq. 1), or (1 - alpha) CE + alpha KD + gamma saliency (`convex`)."""
+    """CE + alpha KD + gamma saliency (`sum`, paper eq. 1), or (1 - alpha) CE + alpha KD + gamma saliency (`convex`);
+    and beta times the distance of features."""
 
     form: Literal["sum", "convex"] = "sum"  # as above
     kd: Kd = field(default_factory=Kd)
     saliency: Saliency = field(default_factory=Saliency)
+    features: Features = field(default_factory=Features)
     __pydantic_config__ = _strict
 
 
@@ -288,6 +302,8 @@ class Track:
     log_every: Positive = 20  # steps between loss lines
     # images whose saliency panels are kept at the end of each stage
     panels: Annotated[int, Field(ge=0, le=1024)] = 4
+    # held-out images that each epoch's end measures agreement of maps and gradients of terms on; 0: none
+    probe: Annotated[int, Field(ge=0, le=1024)] = 64
     samples: bool = False  # write down which samples each step saw, in samples/ of the run folder
     __pydantic_config__ = _strict
 
@@ -363,7 +379,7 @@ def from_values(
     _check_name(config.name, where)
     if remote.literal_secret(references.get("data.shards", config.data.shards)):
         raise UserError(
-            f"{where.of('data.shards')}: data.shards={remote.without_secrets(config.data.shards)} carries a password "
+            f"data.shards={remote.without_secrets(config.data.shards)} carries a password "
             "or a query, which would be written into the run folder: put it into an environment variable, and give "
             "data.shards='${oc.env:NAME}'"
         )
@@ -488,8 +504,13 @@ def check(config: Config) -> None:
         raise UserError(
             f"loss.saliency.method={loss.saliency.method!r} is none of {', '.join(methods.names())}"
         )
-    if config.teacher is None and (loss.kd.alpha or loss.saliency.gamma):
-        key, value = ("kd.alpha", loss.kd.alpha) if loss.kd.alpha else ("saliency.gamma", loss.saliency.gamma)
+    weights = {
+        "kd.alpha": loss.kd.alpha,
+        "saliency.gamma": loss.saliency.gamma,
+        "features.beta": loss.features.beta,
+    }
+    if config.teacher is None and any(weights.values()):
+        key, value = next((k, v) for k, v in weights.items() if v)
         raise UserError(
             f"loss.{key}={value} needs a teacher: add `teacher: {{run: runs/...}}` or set it to 0"
         )
@@ -507,12 +528,19 @@ def check(config: Config) -> None:
             raise UserError(
                 f"curriculum.stages[{own[0]}].teacher names a checkpoint: give teacher.run, not teacher.model"
             )
+        if not config.teacher.logits:
+            _check_headless(config)
         cache = config.teacher.cache
         mixed = next((s.multiscale for s in stages(config) if s.multiscale), None)
         if mixed and cache.folder is not None:
             raise UserError(
                 f"multiscale={mixed} with teacher.cache.folder: a cache keeps one resolution a stage; leave one "
                 "of them out"
+            )
+        if loss.features.beta and cache.folder is not None:
+            raise UserError(
+                f"loss.features.beta={loss.features.beta} with teacher.cache.folder: a cache keeps logits and maps, "
+                "not features; leave one of them out"
             )
         if cache.folder is None and replace(cache, mode="auto") != TeacherCache():
             changed = next(
@@ -556,12 +584,33 @@ def check(config: Config) -> None:
         raise UserError(
             "loss.saliency.taps is empty: name taps, e.g. [first, second, last], or set gamma to 0"
         )
+    if loss.features.beta and not loss.features.taps:
+        raise UserError("loss.features.taps is empty: name taps, e.g. [last], or set beta to 0")
     patches = {"student": config.student}
     if config.teacher is not None and config.teacher.model is not None:
         patches["teacher"] = config.teacher.model
     for role, model in patches.items():
         if model.name in PAPER_MODELS and model.patch is not None:
             check_resolutions(config, model.patch, role)
+
+
+def _check_headless(config: Config) -> None:
+    """Refuse what a teacher without logits cannot teach."""
+    loss, teacher = config.loss, config.teacher
+    assert teacher is not None
+    wrong = {
+        f"loss.kd.alpha={loss.kd.alpha}": bool(loss.kd.alpha),
+        f"loss.saliency.method={loss.saliency.method}": bool(loss.saliency.gamma)
+        and methods.inner_gradient(loss.saliency.method),
+        "loss.saliency.follow_teacher=true": loss.saliency.follow_teacher,
+        f"teacher.run={teacher.run}": teacher.run is not None,
+        f"teacher.cache.folder={teacher.cache.folder}": teacher.cache.folder is not None,
+    }
+    if found := next((key for key, is_wrong in wrong.items() if is_wrong), None):
+        raise UserError(
+            f"teacher.logits=false with {found}: a backbone without a head has features and attention maps alone; give "
+            "it one by `irkd probe`, or use loss.features and loss.saliency.method=attention"
+        )
 
 
 def _check_augment(config: Config) -> None:

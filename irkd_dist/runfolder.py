@@ -20,6 +20,9 @@ CONFIG, EVENTS, SESSION, OWNER = "config.yaml", "events.jsonl", "session", "owne
 STATUS, RESTARTS = "status.json", "restarts.json"
 CHECKPOINTS, BEST, MILESTONES = "checkpoints", "best", "milestones.txt"
 STATE, STUDENT, OPTIMIZER = "state.json", "student.safetensors", "optimizer.safetensors"  # of a checkpoint
+PROJECTIONS = (
+    "feature_projections"  # begins the names of weights that serve the training alone (loss.features)
+)
 AVERAGE = "average.safetensors"  # beside them where optim.ema is on
 WRITING = ".writing-"  # begins the name of a checkpoint that is not whole yet
 PANELS, SAMPLES = "panels", "samples"

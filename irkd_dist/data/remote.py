@@ -158,6 +158,19 @@ def read(
         )  # not all at once
 
 
+def download(url: Url, file: Path, size: int) -> None:
+    """Write a file of `size` bytes, or what is there of it. Raises UserError as `read` does, and OSError."""
+    with file.open("wb") as target:
+        while target.tell() < size:
+            start = target.tell()
+            data = read(url, start, min(start + CHUNK, size))
+            if len(data) > CHUNK:  # the server ignores ranges
+                target.seek(0)
+            target.write(data)
+            if len(data) != min(CHUNK, size - start):
+                return
+
+
 def size(url: Url) -> int:
     """The bytes of a file. Raises UserError as `read` does, or when the server does not say."""
     try:

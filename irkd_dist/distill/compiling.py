@@ -61,8 +61,8 @@ class Compiled:
     its own and runs as it is.
     What torch cannot compile runs as it is from then on, with one line that says so.
 
-    leaf: the compiled function is given images that ask for a gradient, since torch 2.11 lets nothing inside a graph
-    begin to; what no tap's gradient passes is left out of the graph all the same.
+    leaf: the compiled function is given images that ask for a gradient, as torch 2.11 lets nothing inside a graph begin
+    to; what no tap's gradient passes is left out of the graph all the same.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from irkd_dist.distill import losses, methods, models, taps
+from irkd_dist.distill import features, losses, methods, models, taps
 from irkd_dist.distill.module import Targets
 
 
@@ -23,6 +23,7 @@ class Teacher:
         method: saliency method.
         autocast: dtype of its forward and inner gradient, None for fp32.
         renormalize: (scale, shift), each (3, 1, 1), from the student's input normalisation to the teacher's own.
+        feature_paths: modules whose features are aligned, in the order of the student's.
     """
 
     model: nn.Module
@@ -30,37 +31,51 @@ class Teacher:
     method: str
     autocast: torch.dtype | None = None
     renormalize: tuple[Tensor, Tensor] | None = None
+    feature_paths: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         methods.load(self.method)
         taps.put_taps(self.model, self.paths)
+        features.put_keepers(self.model, self.feature_paths)
         self.compute: Callable[..., Targets] = self.answer  # or that, compiled (`compiling`)
 
-    def __call__(self, images: Tensor, target: Tensor, aligned: int = 0, logits: bool = True) -> Targets:
-        """Compute targets for images (B, 3, r, r): logits of all, maps of the first `aligned` samples.
+    def __call__(
+        self, images: Tensor, target: Tensor, aligned: int = 0, logits: bool = True, featured: bool = False
+    ) -> Targets:
+        """Compute targets for images (B, 3, r, r): logits of all, maps of the first `aligned` samples, features of all.
 
         Each sample's are detached, and the same whatever other samples are in the batch but for rounding.
         """
-        if not logits and not aligned:
+        featured = featured and bool(self.feature_paths)
+        if not logits and not aligned and not featured:
             return Targets()
         if self.renormalize is not None:
             scale, shift = self.renormalize
             images = images * scale + shift
-        return self.compute(images, target, aligned, logits)
+        return self.compute(images, target, aligned, logits, featured)
 
-    def answer(self, images: Tensor, target: Tensor, aligned: int, logits: bool) -> Targets:
+    def answer(
+        self, images: Tensor, target: Tensor, aligned: int, logits: bool, featured: bool = False
+    ) -> Targets:
         """Targets of images as the teacher sees them."""
-        outputs, maps = [], None
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+        outputs, maps, found = [], None, None
+        paths = self.feature_paths if featured else ()
+        with (
+            torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None),
+            features.keeping(self.model, paths) as kept,
+        ):
             if aligned:
                 output, maps = taps.forward_with_maps(
                     self.model, images[:aligned], self.paths, self.method, target[:aligned], frozen=True
                 )
                 outputs.append(models.inference_logits(output))
-            if logits and aligned < len(images):
+            if (logits or featured) and aligned < len(images):
                 with torch.no_grad():
                     outputs.append(models.inference_logits(self.model(images[aligned:])))
-        return Targets(losses.at_least_fp32(torch.cat(outputs)) if logits else None, maps)
+            if featured:
+                size = (images.shape[2], images.shape[3])
+                found = [f.detach() for f in features.grids(self.model, paths, kept, size)]
+        return Targets(losses.at_least_fp32(torch.cat(outputs)) if logits else None, maps, found)
 
     def load(self, weights: dict[str, Tensor], where: str) -> None:
         """Put another checkpoint's weights into the same network (a stage's teacher)."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from irkd_dist import eventlog
+from irkd_dist import checkpoint, eventlog
 from irkd_dist.distill import methods, probe
 from irkd_dist.distill.models import parameter_count
 from irkd_dist.distill.teacher import Teacher, competence
@@ -29,7 +29,9 @@ def announce(parts: Parts, folder: Path, resumed: Resumed, tracker: Tracker) -> 
     for reason in resumed.skipped:
         tracker.say(f"skipped checkpoint: {reason}")
     config, engine, step = parts.config, parts.engine, resumed.position.step
-    count, precision, fresh = parameter_count(parts.student), parts.identity["precision"], step == 0
+    weights = checkpoint.without(dict(parts.student.named_parameters()))
+    count = sum(p.numel() for p in weights.values())
+    precision, fresh = parts.identity["precision"], step == 0
     tracker.say(
         f"run {folder}{'' if fresh else f', resumed at step {step}'}: {config.student.name} ({count / 1e6:.2f} M "
         f"parameters), {engine.world} process{'es' if engine.world > 1 else ''} on {engine.device.type}, {precision}"
@@ -131,7 +133,8 @@ def probe_teacher(parts: Parts, folder: Path, tracker: Tracker, position: Positi
     A restart takes it from the record, so that the weights of past stages and of those to come stay what they were.
     """
     stages, manifest, engine = parts.plan.stages, parts.manifest, parts.engine
-    if parts.teacher is None or position.finished:
+    headless = parts.config.teacher is not None and not parts.config.teacher.logits
+    if parts.teacher is None or position.finished or headless:
         return [1.0] * len(stages)
     full, split = build.full_view(parts.config), build.held_out(manifest)
     facts = {
@@ -149,7 +152,7 @@ def probe_teacher(parts: Parts, folder: Path, tracker: Tracker, position: Positi
             with build.evaluation_loader(
                 parts.config, manifest, engine, split, stage.resolution, full
             ) as loader:
-                view = _TeacherView(parts.teacher)
+                view = TeacherView(parts.teacher)
                 known[key] = metrics.accuracy(engine, view, loader, "the teacher", tracker)
         values = [known[s.resolution, s.teacher] for s in stages]
     skill = [competence(a, max(values), len(manifest.classes)) for a in values]
@@ -227,7 +230,7 @@ def _recorded(folder: Path, facts: dict[str, Any]) -> list[float] | None:
     return next((e["accuracy"] for e in told), None)
 
 
-class _TeacherView(torch.nn.Module):
+class TeacherView(torch.nn.Module):
     """The teacher as a model that gives logits, its own normalisation included."""
 
     def __init__(self, teacher: Teacher) -> None:

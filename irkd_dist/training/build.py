@@ -20,7 +20,7 @@ from irkd_dist.data.decoded import Dataset, Work
 from irkd_dist.data.loader import Loader
 from irkd_dist.data.sampler import Share
 from irkd_dist.data.views import View
-from irkd_dist.distill import methods, models
+from irkd_dist.distill import features, methods, models
 from irkd_dist.distill.module import Distiller, Objective
 from irkd_dist.distill.teacher import Teacher, freeze
 from irkd_dist.errors import UserError
@@ -49,6 +49,7 @@ def build(config: Config, engine: Engine) -> Parts:
         configuration.check_resolutions(config, patch, "student")
     teacher_digest = None
     teacher, folders, taps = None, _no_folders(stages), networks.taps_alone(config, student)
+    feature_taps: tuple[str, ...] = ()
     if config.teacher is not None:
         model, network = distributed.network(engine, lambda: _teacher_network(config, manifest))
         network = replace(network, model=model)
@@ -65,6 +66,7 @@ def build(config: Config, engine: Engine) -> Parts:
         )
         notes += folder_notes
         teacher_digest = of_folders if of_run else teacher_digest
+        feature_taps = _feature_taps(config, manifest, student, network.model, teacher)
     method = config.loss.saliency.method
     second_order = config.loss.saliency.gamma > 0 and methods.inner_gradient(method)
     if second_order or engine.device.type == "cpu":
@@ -79,7 +81,7 @@ def build(config: Config, engine: Engine) -> Parts:
 
     if config.optim.checkpoint_blocks:
         models.checkpoint_blocks(student)
-    distiller = Distiller(student, _objective(config, taps), engine.autocast)
+    distiller = Distiller(student, _objective(config, taps, feature_taps), engine.autocast)
     _compile(config, engine, distiller, teacher, second_order, notes)
     groups = optim.parameter_groups(student, config.optim.weight_decay, config.optim.layer_decay)
     # fused: one pass over each tensor, the same arithmetic on every device, and it can leave an update out there
@@ -221,10 +223,26 @@ def _compile(
     notes.append("torch.compile: the first step of each stage takes a minute or more")
 
 
-def _objective(config: Config, taps: list[str]) -> Objective:
+def _feature_taps(
+    config: Config, manifest: shards.Manifest, student: nn.Module, network: nn.Module, teacher: Teacher
+) -> tuple[str, ...]:
+    """Give the student its projections, and the teacher its feature taps; returns the student's."""
+    spec, side = config.loss.features, configuration.resolutions(config)[-1]
+    if not spec.beta:
+        return ()
+    ours, theirs = zip(*features.pairs(student, network, spec.taps), strict=True)
+    seen = manifest.largest if full_view(config) else side
+    sizes = features.widths(student, ours, side), features.widths(network, theirs, seen)
+    features.attach(student, *sizes, config.seed)
+    teacher.feature_paths = theirs
+    features.put_keepers(network, theirs)
+    return ours
+
+
+def _objective(config: Config, taps: list[str], feature_taps: tuple[str, ...]) -> Objective:
     kd, saliency = config.loss.kd, config.loss.saliency
     kinds = (config.loss.form, kd.kind, kd.temperature, saliency.method, saliency.normalization)
-    return Objective(*kinds, tuple(taps))
+    return Objective(*kinds, tuple(taps), config.loss.features.kind, feature_taps)
 
 
 def _plan(config: Config, stages: list[Stage], teachers: list[Path | None]) -> curriculum.Plan:

@@ -171,11 +171,14 @@ def settle(parts: Parts) -> None:
         full = parts.config.teacher is not None and parts.config.teacher.view == "full"
         large = torch.zeros(count, 3, *[parts.manifest.largest] * 2, device=device)
         aligned = count // 2 if loss.saliency.gamma else 0
-        targets = parts.teacher(large if full else image, label, aligned, logits=loss.kd.alpha > 0)
+        view = large if full else image
+        featured = loss.features.beta > 0
+        targets = parts.teacher(view, label, aligned, logits=loss.kd.alpha > 0, featured=featured)
     buffers = {k: v.clone() for k, v in parts.student.named_buffers()}
     parts.module.train()
     weight = torch.full((count,), 1 / count, device=device)
-    terms = parts.module(image, label, weight, targets, loss.kd.alpha, loss.saliency.gamma)
+    weights = loss.kd.alpha, loss.saliency.gamma, 1.0, loss.features.beta
+    terms = parts.module(image, label, weight, targets, *weights)
     parts.engine.backward(terms["total"])
     parts.engine.discard()
     for key, buffer in parts.student.named_buffers():

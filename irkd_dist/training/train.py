@@ -20,10 +20,12 @@ from irkd_dist.training import (
     build,
     curriculum,
     distributed,
+    downloads,
     metrics,
     opening,
     optim,
     panels,
+    probing,
     recovery,
     restore,
     saving,
@@ -50,6 +52,7 @@ def train(config: Config, *, owns_process: bool = False, extend: bool = False) -
     with opening.opened(config, owns_process, extend) as run:
         skill = bookends.probe_teacher(run.parts, run.folder, run.tracker, run.position)
         bookends.probe_stages(run.parts, run.tracker, run.position)
+        probing.count_flops(run.parts, run.tracker, run.position)
         while not run.position.finished:  # one turn is one stage
             number = run.position.curriculum.stage
             train_set, held_out = build.loaders(run.parts, run.parts.plan.stages[number])
@@ -81,7 +84,7 @@ def _train_epoch(run: Run, stage: _Stage, loader: Loader, update: Any) -> bool:
     parts, engine, track = run.parts, run.parts.engine, run.parts.config.track
     left_out = {*parts.config.data.leave_out, *run.position.left_out}
     parts.module.train()
-    sums = torch.tensor(run.position.sums or [0.0] * len(metrics.TERMS), device=engine.device)
+    sums = metrics.start(run.position.sums, engine.device)
     logged, logged_at, waited = sums.clone(), time.perf_counter(), loader.wait_s
     seconds = run.position.seconds
     epoch_began = time.perf_counter() - seconds
@@ -129,6 +132,7 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     parts, engine, tracker, before = run.parts, run.parts.engine, run.tracker, run.position.curriculum
     started, at, resolution = time.perf_counter(), run.position.step, loader.resolution
     answers.end_epoch(parts, tracker, at)
+    downloads.tell(parts, tracker, at)
     tokens = len(loader) * build.tokens_per_image(parts.student, loader.scales)
     judged = distributed.broadcast(  # by rank 0's clock
         engine,
@@ -142,13 +146,15 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     best_name = runfolder.best_name(before.stage, at)
     state, decision = _decide(run, accuracy, best_name, run.position.seconds + seconds, tokens)
 
-    shown = "  ".join(f"{k} {means[k]:.4f}" for k in ("total", "ce", "kd", "saliency") if k in means)
+    shown = "  ".join(
+        f"{k} {means[k]:.4f}" for k in ("total", "ce", "kd", "saliency", "features") if k in means
+    )
     tracker.event(
         "evaluation" if judged else "epoch", at, stage=before.stage, resolution=resolution,
         epoch=run.position.epoch + 1, stage_epoch=before.epoch + 1, split=build.held_out(parts.manifest),
         accuracy=accuracy, best=decision.best, train_accuracy=means.pop("accuracy", None), train=means,
         data_wait_s=means.pop("wait_s"), images=images, seconds=seconds,
-        **({} if raw is None else {"accuracy_raw": raw}),
+        **({} if raw is None else {"accuracy_raw": raw}), **run.energy(),
     )  # fmt: skip
     if accuracy is not None:
         tracker.metrics(at, {"val/accuracy": accuracy, "val/resolution": resolution})
@@ -161,6 +167,10 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     if before.epoch == 0 or decision.action != "continue":
         picture = panels.save(parts, run.folder, validation, before.stage, before.epoch + 1, resolution)
         tracker.image(at, "val/saliency", picture)
+    if judged and (probed := probing.measure_epoch(parts, validation, resolution)):
+        tracker.event(
+            "probe", at, stage=before.stage, resolution=resolution, epoch=run.position.epoch + 1, **probed
+        )
 
     run.position = run.position.next_epoch(state, decision.action == "finish")
     best = (best_name, state) if decision.best else None

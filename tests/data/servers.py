@@ -87,10 +87,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if mine and faults.take("cut"):
             content, self.close_connection = content[: len(content) // 2], True
-        for at in range(0, len(content), 4096) if body else ():
-            self.wfile.write(content[at : at + 4096])
+        piece = 1 << 20 if not faults.bytes_per_s else 4096 if faults.bytes_per_s < 1e6 else 1 << 16
+        for at in range(0, len(content), piece) if body else ():
+            self.wfile.write(content[at : at + piece])
             if faults.bytes_per_s:
-                time.sleep(4096 / faults.bytes_per_s)
+                time.sleep(piece / faults.bytes_per_s)
 
     def say(self, status: int, content: bytes) -> None:
         self.send_response(status)

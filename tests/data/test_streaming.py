@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from irkd_dist import verify
 from irkd_dist.data import remote, render, sampler, shards, store
 from irkd_dist.data.decoded import Dataset, Work
 from irkd_dist.data.loader import Loader
@@ -482,3 +483,22 @@ def test_downloads_come_in_the_order_of_use_and_within_the_room(
     asked = [name.rpartition("/")[2] for name in dict.fromkeys(server.faults.names())]
     blocks = [{*due[i : i + 2]} for i in range(0, len(due), 2)]
     assert [{*asked[i : i + 2]} for i in range(0, len(asked), 2)] == blocks
+
+
+def test_verify_reads_what_the_server_has(many: Path, server: Server, tmp_path: Path) -> None:
+    url = place(server, tmp_path)
+    assert list(verify.verify(url)) == []
+    server.faults.ranges = False
+    assert list(verify.verify(url)) == []
+    server.faults.ranges = True
+    server.faults.alter = lambda path, data: (
+        data[:-1] + b"x" if path.endswith("r8/train-000003.tar") else data
+    )
+    assert list(verify.verify(url)) == [
+        f"{server.url}/r8/train-000003.tar is altered: its sha256 is not the manifest's"
+    ]
+    server.faults.alter = lambda path, data: data[:9000] if path.endswith("r8/train-000003.tar") else data
+    (problem,) = verify.verify(url)
+    assert problem.startswith(f"{server.url}/r8/train-000003.tar")
+    assert "truncated: 9,000 bytes" in problem or "shorter there" in problem
+    assert not [f for f in tmp_path.rglob("*") if f.is_file()]
