@@ -121,6 +121,19 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--slurm", action="store_true", help="on every node of this SLURM allocation")
     doctor.set_defaults(call=_doctor)
 
+    plan = _command(commands, "plan", "time, memory and disk of a run before it starts, from some real steps")
+    plan.add_argument("config", type=Path, help="configuration")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument(
+        "--gpus", type=_at_least_one, default=1, metavar="N", help="devices a node like this one's"
+    )
+    plan.add_argument("--nodes", type=_at_least_one, default=1, metavar="M")
+    plan.add_argument(
+        "--bandwidth", type=float, default=10.0, metavar="GB/s", help="of the slowest link (default: 10)"
+    )
+    plan.add_argument("--json", action="store_true")
+    plan.set_defaults(call=_plan)
+
     what = "train a linear head on a backbone without one; its run folder is a teacher"
     probe = _command(commands, "probe", what)
     probe.add_argument("config", help="YAML file: student (with weights) is the backbone, data the images")
@@ -194,19 +207,6 @@ def _parser() -> argparse.ArgumentParser:
         help="instead of a page what a finished run came to, as JSON to cite",
     )
     report.set_defaults(call=_report)
-
-    plan = _command(commands, "plan", "time, memory and disk of a run before it starts, from some real steps")
-    plan.add_argument("config", type=Path, help="configuration")
-    plan.add_argument("overrides", nargs="*", metavar="key=value")
-    plan.add_argument(
-        "--gpus", type=_at_least_one, default=1, metavar="N", help="devices a node like this one's"
-    )
-    plan.add_argument("--nodes", type=_at_least_one, default=1, metavar="M")
-    plan.add_argument(
-        "--bandwidth", type=float, default=10.0, metavar="GB/s", help="of the slowest link (default: 10)"
-    )
-    plan.add_argument("--json", action="store_true")
-    plan.set_defaults(call=_plan)
 
     export = _command(
         commands, "export", "a student as a folder for timm, ONNX, torch and the Hugging Face Hub"

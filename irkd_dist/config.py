@@ -165,7 +165,7 @@ class Features:
     """Alignment of features through a learned linear projection (FitNets)."""
 
     beta: NonNegativeFloat = 0.0  # weight; 0 is off
-    kind: Literal["cosine", "mse"] = "cosine"
+    kind: Literal["cosine", "mse"] = "cosine"  # distance of a projected feature to the teacher's
     taps: list[Any] = field(default_factory=lambda: ["last"])  # as saliency's; the projections are by pair
     __pydantic_config__ = _strict
 
