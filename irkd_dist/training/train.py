@@ -48,11 +48,13 @@ def train(config: Config, *, owns_process: bool = False, extend: bool = False) -
         Stopped: a signal asked for it; a checkpoint is written, and the same call goes on from there.
     """
     with opening.opened(config, owns_process, extend) as run:
-        skill = bookends.probe_teacher(run.parts, run.folder, run.tracker, run.position)
+        skill, shares = bookends.probe_teacher(run.parts, run.folder, run.tracker, run.position)
         bookends.probe_stages(run.parts, run.tracker, run.position)
         while not run.position.finished:  # one turn is one stage
             number = run.position.curriculum.stage
             train_set, held_out = build.loaders(run.parts, run.parts.plan.stages[number])
+            if run.parts.teacher is not None:
+                run.parts.teacher.shares = shares[number]
             stage = _enter(run, train_set, skill[number])
             bar = run.tracker.stage_bar(f"{train_set.resolution} px", stage.steps, run.position.stage_step)
             with train_set, held_out, bar as update:
