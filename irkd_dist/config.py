@@ -274,8 +274,9 @@ class Optim:
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     clip: PositiveFloat | None = None  # global gradient norm
-    # micro-batches that each process computes its share of the batch in; the global batch stays
-    accumulate: Annotated[int, Field(gt=0), OPERATIONAL] = 1
+    # micro-batches that each process computes its share of the batch in; the global batch stays. auto: as many in each
+    # stage as its memory asks for, recorded in the run
+    accumulate: Annotated[Annotated[int, Field(gt=0)] | Literal["auto"], OPERATIONAL] = 1
     # steps without a finite loss, since the last checkpoint, after which the run goes back to it (once)
     max_skips: Annotated[int, Field(ge=0), OPERATIONAL] = 10
     policy: Literal["reset", "carry", "rewarm"] = "reset"
@@ -571,7 +572,7 @@ def check(config: Config) -> None:
         raise UserError(
             f"data.virtual_ranks={count}: give a power of two, at most data.batch={config.data.batch}"
         )
-    if count is not None and config.optim.accumulate > 1:
+    if count is not None and config.optim.accumulate != 1:
         raise UserError(
             f"data.virtual_ranks={count} with optim.accumulate={config.optim.accumulate}: virtual ranks are the "
             "micro-batches; raise their number instead, and leave accumulate at 1"

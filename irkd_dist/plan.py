@@ -25,7 +25,7 @@ from irkd_dist import runfolder
 from irkd_dist.config import Config
 from irkd_dist.data import shards
 from irkd_dist.distill import measure, models
-from irkd_dist.training import build, engines, metrics, restore, step
+from irkd_dist.training import build, engines, metrics, micro, restore, step
 from irkd_dist.training.engines import Engine
 from irkd_dist.training.parts import Parts
 
@@ -154,6 +154,7 @@ def _stage(parts: Parts, number: int, model: Model, gradient: float) -> StageFor
     _forget_peak(engine)
     began = time.perf_counter()
     restore.load_stage_teacher(parts, number)
+    micro.ensure(parts, number)
     train, held_out = build.loaders(parts, planned)
     start = time.perf_counter() - began
     parts.module.train()
@@ -161,7 +162,8 @@ def _stage(parts: Parts, number: int, model: Model, gradient: float) -> StageFor
         times, rows = list[float](), 0
         last = time.perf_counter()
         for at, batch in enumerate(itertools.islice(train.steps(0), WARM + MEASURED)):
-            taken = step.take(parts, batch, loss.kd.alpha, loss.saliency.gamma, at)
+            count = parts.micro_batches(number)
+            taken = step.take(parts, batch, loss.kd.alpha, loss.saliency.gamma, at, count)
             metrics.row(taken, 0.0).tolist()  # waits for the device
             rows, now = batch[0].size, time.perf_counter()
             times.append(now - last)

@@ -15,7 +15,7 @@ from irkd_dist.distill import methods, probe
 from irkd_dist.distill.models import parameter_count
 from irkd_dist.distill.teacher import Teacher, competence, competent_shares
 from irkd_dist.errors import UserError
-from irkd_dist.training import build, distributed, metrics, restore
+from irkd_dist.training import build, distributed, metrics, micro, restore
 from irkd_dist.training.parts import Parts
 from irkd_dist.training.position import Position
 from irkd_dist.training.restore import Resumed
@@ -197,6 +197,29 @@ def _shares(parts: Parts, tracker: Tracker) -> list[tuple[float, ...]]:
         told = (f"{share:.2f} ({a:.2%})" for share, a in zip(shares, measured[stage.resolution], strict=True))
         tracker.say(f"shares of the teachers at {stage.resolution} px (accuracy): {', '.join(told)}")
     return found
+
+
+def choose_micro_batches(parts: Parts, folder: Path, number: int) -> str:
+    """Under optim.accumulate=auto choose a stage's micro-batches, and say why; empty if they are known.
+
+    A stage that is gone on with, in as many processes, keeps those that its record has: the same bits.
+    """
+    if parts.config.optim.accumulate != "auto" or number in parts.chosen:
+        return ""
+    engine = parts.engine
+    told = (
+        e["accumulate"]
+        for e in reversed(eventlog.read_events(folder))
+        if e["event"] == "stage"
+        and e["stage"] == number
+        and e.get("processes") == engine.world
+        and "accumulate" in e
+    )
+    if (recorded := distributed.on_main(engine, lambda: next(told, None))) is not None:
+        parts.chosen[number] = recorded
+        return f"stage {number}: {recorded} micro-batches a process, as it was begun with"
+    parts.chosen[number], why = micro.choose(parts, number)
+    return f"stage {number}: {parts.chosen[number]} micro-batches a process: {why}"
 
 
 def probe_stages(parts: Parts, tracker: Tracker, position: Position) -> None:

@@ -92,7 +92,7 @@ def build(config: Config, engine: Engine) -> Parts:
     )
     if teacher is not None and restore.teacher_sharded(config, engine):
         engines.shard(teacher.model, engine.device)
-    module = engine.prepare(distiller, optimizer, config.optim.clip, config.optim.accumulate)
+    module = engine.prepare(distiller, optimizer, config.optim.clip)
     identity = {
         "model": arguments,
         "classes": manifest.classes,
@@ -133,7 +133,7 @@ def loaders(parts: Parts, stage: StagePlan) -> tuple[Loader, Loader]:
 def train_loader(parts: Parts, stage: StagePlan, carried: Share) -> Loader:
     """The training loader of a stage for what a process carries of each batch."""
     config, engine, manifest, data = parts.config, parts.engine, parts.manifest, parts.config.data
-    micro_batches = carried.parts * config.optim.accumulate
+    micro_batches = carried.parts * parts.micro_batches(stage.number)
     full = manifest.largest if full_view(config) else None
     augment = configuration.stage_augment(config, configuration.stages(config)[stage.number])
     return Loader(
