@@ -271,7 +271,7 @@ class Checkpoint:
 class Track:
     """Where metrics go besides events.jsonl."""
 
-    backend: Literal["none", "wandb", "tensorboard"] = "none"
+    backend: Literal["none", "wandb", "tensorboard", "mlflow", "trackio"] = "none"
     mode: Literal["online", "offline"] = "offline"  # of W&B; offline needs no account
     project: str = "irkd"
     log_every: Positive = 20  # steps between loss lines

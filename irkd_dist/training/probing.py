@@ -79,6 +79,13 @@ def measure_epoch(parts: Parts, loader: Loader, resolution: int) -> dict[str, An
     return {k: v for k, v in found.items() if not isinstance(v, float) or math.isfinite(v)}
 
 
+def named(probed: dict[str, Any]) -> dict[str, float]:
+    """The numbers of `measure_epoch` by the names of metrics."""
+    names = {"correlation": "val/map_correlation", "mse": "val/map_error", "pointing": "val/pointing"}
+    norms = {f"train/gradient_{term}": norm for term, norm in probed.get("gradients", {}).items()}
+    return {name: probed[key] for key, name in names.items() if key in probed} | norms
+
+
 def object_masks(
     config: Config, manifest: shards.Manifest, split: str, resolution: int, ids: np.ndarray
 ) -> Tensor | None:
