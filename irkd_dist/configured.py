@@ -50,6 +50,18 @@ def create_student(
     return model, arguments, notes
 
 
+def students_normalisation(
+    config: Config,
+) -> tuple[tuple[float, float, float], tuple[float, float, float], str] | None:
+    """(mean, std, why) that a student's first weights want their input normalised by, if anything says so."""
+    spec = config.student
+    ours = own_checkpoint(Path(spec.weights)) if spec.weights is not None else None
+    if ours is not None:
+        state = checkpoint.load_state(ours)
+        return tuple(state["mean"]), tuple(state["std"]), f"its checkpoint {ours}"
+    return _own_normalisation(spec, hub.look_up(spec.name, "student.name"))
+
+
 def read_weights(path: Path, where: str) -> tuple[dict[str, Tensor], list[str]]:
     """Weights by name, and notes: of a checkpoint folder, a run folder (its best), or as `weights.read` takes them."""
     ours, raw = own_checkpoint(path), path.name == runfolder.STUDENT  # which names its file
@@ -80,7 +92,7 @@ def load_teacher(config: Config, manifest: shards.Manifest) -> Network:
         assert spec.model is not None
         network = _timm_teacher(config, manifest)
         where = f"teacher.model={spec.model.name}"
-    networks.check_classes(network.classes, manifest, config.data.shards, where)
+    networks.check_classes(network.classes, manifest, str(configuration.shards_of(config)), where)
     ours = (*manifest.mean, *manifest.std)
     theirs = (*network.mean, *network.std)
     if not spec.renormalize and not _near(ours, theirs):
@@ -108,15 +120,15 @@ def _timm_teacher(config: Config, manifest: shards.Manifest) -> Network:
     if not own.pretrained and own.weights is None and not comes_with_weights:
         raise UserError(f"{where} has no weights: give teacher.model.weights, or pretrained=true")
     classes = named.cfg.get("num_classes")
-    if own.weights is None and classes is not None and classes != len(manifest.classes):
+    if spec.logits and own.weights is None and classes is not None and classes != len(manifest.classes):
         raise UserError(
-            f"{where}: its pretrained head has {classes} classes, the shards have {len(manifest.classes)}; fine-tune "
-            "it first (irkd train with student.pretrained=true)"
+            f"{where}: its pretrained head has {classes} classes, the shards have {len(manifest.classes)}; give it one "
+            "by `irkd probe`, fine-tune it (irkd train with student.pretrained=true), or set teacher.logits=false"
         )
     as_named = False if own.name in PAPER_MODELS else None
     arguments = {
         "name": named.architecture,
-        "classes": len(manifest.classes),
+        "classes": len(manifest.classes) if spec.logits else 0,
         "patch": own.patch,
         "image_size": own.image_size or manifest.largest,
         "distilled": as_named if own.distilled == "auto" else own.distilled,
@@ -202,6 +214,9 @@ def _load(
 ) -> list[str]:
     """Fit weights to a network and load them; returns the notes, with those on the fit."""
     reset_key = f"{key}.reset_head" if key == "student" else ""
+    if key == "teacher.model" and not getattr(model, "num_classes", 1):
+        tensors, more = weights.without_head(model, tensors, where)
+        notes = [*notes, *more]
     fitted, changes = weights.fit(model, tensors, where, spec.reset_head and bool(reset_key), reset_key)
     models.load_weights(model, fitted, where)
     return [*notes, *changes]

@@ -62,10 +62,11 @@ def evaluate(
     config = replace(config, data=replace(config.data, val_subset=None))  # the whole split
     if data is not None:
         config = replace(config, data=replace(config.data, shards=data))
-    manifest = shards.load_manifest(Path(config.data.shards))
+    folder = configuration.shards_of(config)
+    manifest = shards.load_manifest(folder)
     if split not in manifest.splits:
-        raise UserError(f"{config.data.shards} has no split {split!r}; it has {', '.join(manifest.splits)}")
-    networks.check_classes(network.classes, manifest, config.data.shards, str(network.folder))
+        raise UserError(f"{folder} has no split {split!r}; it has {', '.join(manifest.splits)}")
+    networks.check_classes(network.classes, manifest, str(folder), str(network.folder))
     # its images are normalised as those that it was trained on, whatever the shards' own statistics are
     manifest = replace(manifest, mean=network.mean, std=network.std)
     place = engines.setup(config)
@@ -162,7 +163,8 @@ def _measure(
         if batches and task.manifest.masks and whole:
             pointing[key] = _pointing(task, split, size, batches)
     return {
-        "checkpoint": str(task.network.folder), "split": split, "shards": task.config.data.shards, "samples": samples,
+        "checkpoint": str(task.network.folder), "split": split, "samples": samples,
+        "shards": str(configuration.shards_of(task.config)),
         "accuracy": accuracy, "agreement": agreement, "pointing": pointing, "images_per_s": rates,
         "parameters": models.parameter_count(model), "teacher": teacher, "confusion": confusion,
     }, gallery  # fmt: skip
@@ -276,7 +278,8 @@ def _check_resolution(task: Task, size: int) -> None:
         raise UserError(f"--resolutions {size} is no size in pixels")
     if task.manifest.mode == "resize" and task.manifest.stored(size) is None:
         rendered = ", ".join(map(str, task.manifest.resolutions))
-        raise UserError(f"--resolutions {size}: {task.config.data.shards} was rendered at {rendered} px")
+        folder = configuration.shards_of(task.config)
+        raise UserError(f"--resolutions {size}: {folder} was rendered at {rendered} px")
     for role, patch in _patches(task).items():
         if size % patch:
             raise UserError(f"--resolutions {size} is not a multiple of patch size {patch} ({role})")

@@ -53,7 +53,7 @@ _TYPES: dict[str, Check] = {
     **dict.fromkeys(("test_accuracy", "test_accuracy_last"), is_number),
     **dict.fromkeys(("mse", "pointing", "inference", "training", "energy_j"), is_number),
     **dict.fromkeys(("cache_hits", "cache_misses"), is_count),
-    **dict.fromkeys(("total", "ce", "kd", "saliency", "correlation"), is_real),
+    **dict.fromkeys(("total", "ce", "kd", "saliency", "features", "correlation"), is_real),
     **dict.fromkeys(("split", "reason", "device", "precision", "torch", "config", "policy"), is_text),
     **dict.fromkeys(("command", "commit", "version"), is_text),
     **dict.fromkeys(("notes", "skipped"), list_of(is_text)),

@@ -114,16 +114,19 @@ def check_classes(classes: tuple[str, ...], manifest: shards.Manifest, folder: s
 
 
 def tap_pairs(
-    config: Config, student: nn.Module, teacher: nn.Module
+    config: Config, student: nn.Module, teacher: nn.Module, teacher_size: int | None = None
 ) -> tuple[list[tuple[taps.Tap, taps.Tap]], list[str]]:
     """The configured taps that have a map in both networks, and what a user should know of them.
+
+    teacher_size: side in pixels of what the teacher sees; None: what the student sees at the largest stage.
 
     Raises:
         UserError: with saliency in the loss, a tap that a network does not have, or none that has a map.
     """
-    spec = config.loss.saliency
+    spec, side = config.loss.saliency, configuration.resolutions(config)[-1]
     try:
-        pairs = taps.tap_pairs(student, teacher, spec.taps, spec.method, spec.strict_paper)
+        sizes = (side, teacher_size or side)
+        pairs = taps.tap_pairs(student, teacher, spec.taps, spec.method, spec.strict_paper, sizes)
     except UserError:
         if spec.gamma:
             raise
@@ -151,8 +154,9 @@ def taps_alone(config: Config, student: nn.Module) -> list[str]:
     own = [item[0] if isinstance(item, list) else item for item in spec.taps if item != []]
     wanted = spec.taps if isinstance(spec.taps, str) else own
     strict = spec.strict_paper and config.teacher is not None  # void taps are kept for the loss alone
+    side = configuration.resolutions(config)[-1]
     try:
-        pairs = taps.tap_pairs(student, student, wanted, spec.method, strict)
+        pairs = taps.tap_pairs(student, student, wanted, spec.method, strict, (side, side))
     except UserError:
         return []
     return [s.path for s, _ in pairs if strict or not s.void]

@@ -144,7 +144,7 @@ def fit(
             advice = (
                 f"; {reset_key}=true starts a new head"
                 if reset_key
-                else "; fine-tune it on these shards first"
+                else "; give it one of these by `irkd probe`, fine-tune it first, or set teacher.logits=false"
             )
             raise UserError(
                 f"{where}: its head {name} has {classes} classes, the shards have {len(own[names[0]])}{advice}"
@@ -160,6 +160,18 @@ def fit(
             notes.append(f"{where}: pos_embed of {theirs.shape[1]} tokens is resampled to {ours.shape[1]}")
             fitted["pos_embed"] = resampled
     return fitted, notes
+
+
+def without_head(
+    model: nn.Module, tensors: Mapping[str, Tensor], where: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights without those of a head that the model has not, and a note if there are any."""
+    heads = tuple(f"{name}." for name in _heads(model))
+    kept = {k: v for k, v in tensors.items() if not k.startswith(heads)}
+    gone = (
+        [f"{where}: its head is left out, as teacher.logits=false asks"] if len(kept) < len(tensors) else []
+    )
+    return kept, gone
 
 
 def _heads(model: nn.Module) -> list[str]:

@@ -16,7 +16,13 @@ from irkd_dist.report.reading import Run
 
 STACKED = 4.75  # height of figures of panels over steps, the same so that they stand side by side
 LEAST_POINTS = 10.0  # of accuracy in per cent that an axis spans
-TERMS = {"total": "total", "ce": "cross-entropy", "kd": "distillation", "saliency": "saliency"}
+TERMS = {
+    "total": "total",
+    "ce": "cross-entropy",
+    "kd": "distillation",
+    "saliency": "saliency",
+    "features": "features",
+}
 
 
 def accuracy(run: Run) -> Plan | None:

@@ -66,8 +66,6 @@ def read(folder: Path) -> Run:
     Raises:
         UserError: it has no configuration or no events.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no run folder: there is no such folder")
     config = configuration.from_dict(runfolder.read_config(folder), str(folder / runfolder.CONFIG))
     log = eventlog.read_log(folder)
     events = _each_epoch_once(eventlog.settled(log.events))
@@ -203,7 +201,7 @@ def _newest_state(folder: Path) -> dict[str, Any]:
 
 def _classes_of_shards(config: Config) -> tuple[str, ...]:
     try:
-        return shards.load_manifest(Path(config.data.shards)).classes
+        return shards.load_manifest(configuration.shards_of(config)).classes
     except UserError:
         return ()
 

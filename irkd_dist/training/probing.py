@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.data import shards
 from irkd_dist.data.loader import Loader
@@ -97,7 +97,7 @@ def object_masks(
     if not manifest.masks or config.data.centre_crop or manifest.crop_pct != 1:
         return None
     stored = resolution if manifest.mode == "resize" else manifest.resolutions[-1]
-    opened = shards.open_split(Path(config.data.shards), manifest, split, stored, verify="size")
+    opened = shards.open_split(configuration.shards_of(config), manifest, split, stored, verify="size")
     with contextlib.closing(opened):
         return torch.stack([_mask(opened, int(i), stored) for i in ids])
 
@@ -136,7 +136,7 @@ def _gradient_norms(parts: Parts, images: Tensor, labels: Tensor, view: Tensor) 
     training = parts.student.training
     parts.student.eval()
     parts.student.training = models.is_distilled(parts.student)  # itself alone: both heads, and no dropout
-    terms, _ = distiller.terms(images, labels, weight, targets, loss.kd.alpha, gamma)
+    terms, _ = distiller.terms(images, labels, weight, targets, loss.kd.alpha, gamma, beta=loss.features.beta)
     norms = {}
     for name, term in terms.items():
         own = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
@@ -159,7 +159,9 @@ def _flops_of_image(parts: Parts, size: int) -> dict[str, float]:
 
     def step(targets: Targets, gamma: float) -> int:
         with _Flops() as counter:
-            terms, _ = distiller.terms(image, label, weight, targets, alpha, gamma)
+            terms, _ = distiller.terms(
+                image, label, weight, targets, alpha, gamma, beta=config.loss.features.beta
+            )
             total = torch.stack([*terms.values()]).sum()
             torch.autograd.grad(
                 total, parameters, allow_unused=True
@@ -206,8 +208,9 @@ class _Flops(TorchDispatchMode):
 
 def _answer(parts: Parts, teacher: Teacher, view: Tensor, labels: Tensor, gamma: float) -> Targets:
     """The teacher itself, not its cache: these images come in no step."""
-    teacher = _as_it_is(teacher)
-    return teacher(view, labels, aligned=len(view) if gamma else 0, logits=parts.config.loss.kd.alpha > 0)
+    loss, aligned = parts.config.loss, len(view) if gamma else 0
+    featured = loss.features.beta > 0
+    return _as_it_is(teacher)(view, labels, aligned=aligned, logits=loss.kd.alpha > 0, featured=featured)
 
 
 def _full_view(parts: Parts, resolution: int, rows: np.ndarray) -> Tensor:
