@@ -316,9 +316,10 @@ class Checkpoint:
 class Track:
     """Where metrics go besides events.jsonl."""
 
-    backend: Literal["none", "wandb", "tensorboard"] = "none"  # none: events.jsonl alone
+    # none: events.jsonl alone
+    backend: Literal["none", "wandb", "tensorboard", "mlflow", "trackio"] = "none"
     mode: Literal["online", "offline"] = "offline"  # of W&B; offline needs no account
-    project: str = "irkd"  # W&B's
+    project: str = "irkd"  # at W&B and Trackio; MLflow's experiment
     log_every: Positive = 20  # steps between loss lines
     # images whose saliency panels are kept at the end of each stage
     panels: Annotated[int, Field(ge=0, le=1024)] = 4
