@@ -68,10 +68,10 @@ def measure(
     for variant in ("timm", *(v for v in variants if v != "timm")):
         try:
             steps[variant], told[variant] = _first(variant, setting, resolution, device)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            told[variant] = {"error": str(error).splitlines()[0]}
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # others are measured meanwhile
+        except Exception as error:  # of whatever library: the other cells are to be measured
+            told[variant] = {"error": _short(error)}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # others are measured meanwhile
     print("ready", flush=True)
     while not gate.exists():
         time.sleep(0.1)
@@ -79,8 +79,11 @@ def measure(
         raise SystemExit(f"timm's step failed: {told['timm']['error']}")
     for variant in variants:
         if variant in steps:
-            told[variant] |= _timed(steps[variant], steps["timm"], setting.batch, device, arguments)
-            told[variant] |= _profiled(steps[variant], device)
+            try:
+                told[variant] |= _timed(steps[variant], steps["timm"], setting.batch, device, arguments)
+                told[variant] |= _profiled(steps[variant], device)
+            except Exception as error:
+                told[variant]["error"] = _short(error)
         print(json.dumps({"variant": variant, **told[variant]}), flush=True)
 
 
@@ -94,8 +97,16 @@ def _first(
         run = step.make_step(variant, setting, resolution, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(3):
-            run()
+        for attempt in range(4):
+            try:
+                for _ in range(3):
+                    run()
+                break
+            except torch.OutOfMemoryError:  # of compiled cells several run their first steps at once
+                if attempt == 3 or "compiled" not in variant:
+                    raise
+                torch.cuda.empty_cache()
+                time.sleep(3 + 2 * attempt)
         if device.type == "cuda":
             torch.cuda.synchronize()
     told: dict[str, Any] = {"start_s": round(time.perf_counter() - began, 1)}
@@ -108,7 +119,7 @@ def _first(
     if "compiled" not in variant:
         with _Flops() as counted:
             run()
-        told["flops"] = counted.total
+        told["flops"] = counted.total or None
     return run, told
 
 
@@ -152,7 +163,7 @@ def _profiled(run: step.Step, device: torch.device) -> dict[str, Any]:
             for _ in range(PROFILED):
                 run()
         torch.cuda.set_sync_debug_mode("default")
-        told["waits"] = sum("synchroniz" in str(w.message) for w in waits) / PROFILED
+        told["waits"] = sum("called a synchronizing" in str(w.message) for w in waits) / PROFILED
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as prof:
         for _ in range(PROFILED):
@@ -162,7 +173,9 @@ def _profiled(run: step.Step, device: torch.device) -> dict[str, Any]:
     events = prof.key_averages()
     if cuda:
         told["launches"] = sum(e.count for e in events if e.key in LAUNCHES) / PROFILED
-        spent = {e.key: e.self_device_time_total for e in events if str(e.device_type) == "DeviceType.CUDA"}
+        # not the ranges that an optimizer and compiled code put around kernels
+        kernels = [e for e in events if str(e.device_type) == "DeviceType.CUDA" and not e.is_user_annotation]
+        spent = {e.key: e.self_device_time_total for e in kernels}
     else:
         spent = {e.key: e.self_cpu_time_total for e in events}
     total = sum(spent.values()) or 1.0
@@ -170,6 +183,10 @@ def _profiled(run: step.Step, device: torch.device) -> dict[str, Any]:
         told["kernel_ms"] = round(total / 1000 / PROFILED, 3)
     longest = sorted(spent.items(), key=lambda item: -item[1])[:10]
     return {**told, "kernels": [[name[:120], round(t / total, 4)] for name, t in longest]}
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
 
 
 def _allocated(device: torch.device) -> int:
@@ -221,8 +238,10 @@ class Run:
         given = ["--worker", str(folder), "--cells", size, "--variants", ",".join(variants)]
         given += ["--device", self.arguments.device, "--rounds", str(self.arguments.rounds)]
         given += ["--quick"] if self.arguments.quick else []
+        threads = str(max((os.cpu_count() or 2) // self.arguments.compile_jobs, 1))
+        env = {"TORCHINDUCTOR_COMPILE_THREADS": threads, **os.environ}
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
-            process = subprocess.Popen([sys.executable, __file__, *given], stdout=out, stderr=err)
+            process = subprocess.Popen([sys.executable, __file__, *given], stdout=out, stderr=err, env=env)
         return _Worker(size, variants, process, folder)
 
     def wait(self, workers: list[_Worker], until: float) -> None:
@@ -308,7 +327,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="of each cell; 5, with --quick 1")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--compile-jobs", type=int, default=max((os.cpu_count() or 2) // 2, 1))
+    parser.add_argument("--compile-jobs", type=int, default=max((os.cpu_count() or 2) * 3 // 4, 1))
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (1 if arguments.quick else 5)
@@ -333,6 +352,11 @@ def main() -> None:
     print("{0:>7s}  {7:20s} {1:>9s} {2:>7s} {3:>7s} {4:>9s} {5:>8s} {6:>6s}".format(*columns, "variant"))
     with tempfile.TemporaryDirectory() as scratch:
         _measure_all(run, sizes, variants, Path(scratch))
+    for size, cells in run.values["cells"].items():
+        for kind in ("", "_compiled"):
+            ours, plain = (cells.get(f"{name}{kind}", {}).get("step_ms") for name in ("irkd", "kd"))
+            if ours and plain:
+                print(f"{size:>7s}  saliency over KD{kind.replace('_', ', ')}: {ours / plain:.2f} in time")
     run.write()
     print(f"{run.values['seconds']:.0f} s; {len(run.values['left_out'])} cells left out; {arguments.out}")
 

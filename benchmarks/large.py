@@ -100,7 +100,7 @@ def demonstrate(
     """All of it below a new folder; returns what differs between the two runs: nothing."""
     photos, shards = out / "photographs", out / "shards"
     draw_all(photos, each)
-    options = render.Options(resolutions, samples_per_shard=per_shard, val_fraction=0.1, crop_pct=0.875)
+    options = render.Options(resolutions, samples_per_shard=per_shard, crop_pct=0.875, shuffle=True)
     manifest = render.render(open_source("folder", photos), shards, options)
     assert manifest is not None
     training, sizes = next(iter(manifest.shards.values()))["train"], ", ".join(map(str, resolutions))

@@ -200,6 +200,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--every", type=_seconds, default=30.0, metavar="S", help="with --live: seconds (default 30)"
     )
+    report.add_argument(
+        "--summary",
+        type=Path,
+        metavar="FILE",
+        help="instead of a page what a finished run came to, as JSON to cite",
+    )
     report.set_defaults(call=_report)
 
     export = _command(
@@ -243,7 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.set_defaults(call=_reproduce)
 
     verify = _command(
-        commands, "verify", "check every file of shards, a run or a checkpoint; exit code 1 if one is bad"
+        commands,
+        "verify",
+        "check every file of shards, a run, a checkpoint or a page of results; exit code 1 if one is bad",
     )
     verify.add_argument("path", help="folder of shards, or its URL, run folder or checkpoint")
     verify.set_defaults(call=_verify)
@@ -331,7 +339,7 @@ def _render_source(arguments: argparse.Namespace) -> int:
     options = render.Options(
         resolutions, arguments.mode, arguments.encoding, arguments.samples_per_shard, arguments.val_fraction,
         arguments.seed, arguments.limit, arguments.dataset, arguments.workers, arguments.max_bad, arguments.fit,
-        arguments.crop_pct, arguments.white,
+        arguments.crop_pct, arguments.white, arguments.shuffle,
     )  # fmt: skip
     render.check(options)
     source = open_source(
@@ -500,8 +508,15 @@ def _report(arguments: argparse.Namespace) -> int:
     for run in arguments.runs:
         runfolder.read_config(run)
     with _imports():
-        from irkd_dist import report
+        from irkd_dist import evidence, files, report
 
+    if arguments.summary is not None:
+        if len(arguments.runs) > 1:
+            raise UserError("--summary is of one run: name one")
+        values = evidence.summary(arguments.runs[0])
+        files.write(arguments.summary, json.dumps(values, indent=1) + "\n")
+        print(arguments.summary)
+        return 0
     if arguments.live:
         return report.live(arguments.runs, arguments.out, price=arguments.price, every=arguments.every)
     print(report.write(arguments.runs, arguments.out, price=arguments.price))

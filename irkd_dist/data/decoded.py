@@ -123,9 +123,9 @@ class Images:
         """Whether the images are one copy for all processes of the node."""
         return self._region is not None
 
-    def expect(self, at_once: int) -> str | None:
-        """Prepare for reads out of so many shards at once; a note, where that has to be slow."""
-        return self._split.expect(at_once)
+    def expect(self, at_once: int, sources: int = 1) -> str | None:
+        """Prepare for reads out of so many shards at once, as one of so many sources; a note, where that is slow."""
+        return self._split.expect(at_once, sources)
 
     def prefetch(self, rows: np.ndarray) -> None:
         """Have the shards of these rows come, in their order, where they are not on this machine or decoded."""

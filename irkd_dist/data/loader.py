@@ -97,7 +97,8 @@ class Loader:
         at_once = len(self._by_shard) if view.augment is not None else _IN_ORDER
         if data.order == "shard" and view.augment is not None:
             self._block = at_once = data.block
-        slow = [source.expect(at_once) for views in self._all.values() for source in views.sources]
+        sources = [source for views in self._all.values() for source in views.sources]
+        slow = [source.expect(at_once, len(sources)) for source in sources]
         self.notes = [note for views in self._all.values() for note in views.notes]
         self.notes += [note for note in slow if note]
         self.kept = {size: where for views in self._all.values() for size, where in views.kept.items()}
@@ -109,6 +110,7 @@ class Loader:
                 "slice and micro-batch; use a larger data.batch, or fewer slices or micro-batches"
             )
         self.steps_per_epoch = sampler.steps_per_epoch(len(self.ids), batch, least)
+        self.notes += self._one_sided()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -202,6 +204,20 @@ class Loader:
         if self._block is None:
             return sampler.order(self.seed, epoch, len(self))
         return sampler.shard_order(self.seed, epoch, self._by_shard, self._block)
+
+    def _one_sided(self) -> list[str]:
+        """What a user should know of shards that hold a class after another, where blocks of them are shuffled."""
+        if self._block is None or len(self._by_shard) <= self._block:
+            return []
+        size = sum(self._by_shard) * self._block // len(self._by_shard)
+        first = self.labels[self._order(0)[:size]]
+        found, due = len(np.unique(first)), sampler.classes_by_chance(self.labels, size)
+        if found >= due / 2:
+            return []
+        return [
+            f"warning: data.order=shard: the first {size:,} images of an epoch have {found} classes, {due:.0f} are to "
+            "be expected: shards hold a class after another; render with --shuffle, or use a larger data.order_block"
+        ]
 
     def _prefetch(self, epoch: int, steps: Sequence[int]) -> None:
         """Have the shards of these steps come, all ranks' samples: they share them on a node."""

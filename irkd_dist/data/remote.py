@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field
 
 from irkd_dist.errors import Passing, UserError, one_line, say
 from irkd_dist.keys import PATH
+
+T = TypeVar("T")
 
 PACKAGES = {
     "https": "aiohttp", "http": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"
@@ -128,7 +130,30 @@ def read(
 ) -> bytes:
     """The bytes of a file, or of a part of it; a server that ignores ranges gives the whole.
 
-    It is tried again, with growing pauses, while the fault may pass; `count` is called for each of these.
+    Raises UserError as `_tried` does; `count` is called for each try that has to be repeated.
+    """
+    return _tried(url, lambda system: system.cat_file(url.whole, start=start, end=end), count)
+
+
+def size(url: Url) -> int:
+    """The bytes of a file. Raises UserError as `_tried` does, or when the server does not say."""
+    found = _tried(url, lambda system: system.info(url.whole).get("size"))
+    if found is None:
+        raise UserError(f"{url}: the server does not say how large it is")
+    return int(found)
+
+
+def below(url: Url) -> list[str]:
+    """The paths, relative to it, of all files below a folder in a store; https has no such list.
+
+    Raises UserError as `_tried` does.
+    """
+    root = url.base.partition("://")[2].strip("/") + "/"
+    return sorted(name.removeprefix(root) for name in _tried(url, lambda system: system.find(url.base)))
+
+
+def _tried(url: Url, ask: Callable[[Any], T], count: Callable[[], object] = lambda: None) -> T:
+    """What a server answers; it is asked again, with growing pauses, while the fault may pass.
 
     Raises:
         Passing: no answer after all retries.
@@ -138,7 +163,7 @@ def read(
     while True:
         tries += 1
         try:
-            return _system(url).cat_file(url.whole, start=start, end=end)
+            return ask(_system(url))
         except Exception as error:
             if not _of_a_server(error):
                 raise
@@ -146,16 +171,14 @@ def read(
             if not passes:
                 raise UserError(f"{url} cannot be read: {why}") from error
             if tries > url.settings.retries:
-                after = (
-                    f"tried {tries} times in {time.monotonic() - began:.0f} s" if tries > 1 else "tried once"
-                )
+                seconds = time.monotonic() - began
+                after = f"tried {tries} times in {seconds:.0f} s" if tries > 1 else "tried once"
                 raise Passing(f"{url} cannot be read: {why}; {after} (data.shard_cache.retries)") from error
         count()
         if tries == _TOLD_AFTER:
             say(f"warning: {url}: {why}; it is tried again")
-        time.sleep(
-            min(0.5 * 2.0 ** (tries - 1), _LONGEST_WAIT) * random.uniform(0.75, 1.0)
-        )  # not all at once
+        pause = min(0.5 * 2.0 ** (tries - 1), _LONGEST_WAIT)
+        time.sleep(pause * random.uniform(0.75, 1.0))  # not all at once
 
 
 def download(url: Url, file: Path, size: int) -> None:
@@ -169,19 +192,6 @@ def download(url: Url, file: Path, size: int) -> None:
             target.write(data)
             if len(data) != min(CHUNK, size - start):
                 return
-
-
-def size(url: Url) -> int:
-    """The bytes of a file. Raises UserError as `read` does, or when the server does not say."""
-    try:
-        found = _system(url).info(url.whole).get("size")
-    except Exception as error:
-        if not _of_a_server(error):
-            raise
-        raise UserError(f"{url} cannot be read: {_judged(error, url)[0]}") from error
-    if found is None:
-        raise UserError(f"{url}: the server does not say how large it is")
-    return int(found)
 
 
 @functools.cache
@@ -249,7 +259,9 @@ def _credentials(protocol: str) -> str:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status in an error of aiohttp, botocore, gcsfs or huggingface_hub."""
+    """The HTTP status in an error of aiohttp, botocore, gcsfs or huggingface_hub; None where no answer was whole."""
+    if any(type(each).__module__ == "aiohttp.http_exceptions" for each in _chain(error)):
+        return None  # aiohttp calls an answer that it cannot read a 400
     for each in _chain(error):
         response = getattr(each, "response", None)
         told = (

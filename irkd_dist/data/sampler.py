@@ -48,6 +48,12 @@ def shard_order(seed: int, epoch: int, counts: tuple[int, ...], block: int) -> n
     return permutation
 
 
+def classes_by_chance(labels: np.ndarray, size: int) -> float:
+    """How many classes `size` samples have in the mean, drawn by chance (with replacement) out of these."""
+    shares = np.unique(labels, return_counts=True)[1] / len(labels)
+    return float((1 - (1 - shares) ** size).sum())
+
+
 @functools.lru_cache(maxsize=2)
 def partners(seed: int, draw: int, size: int) -> np.ndarray:
     """Whom each sample is mixed with in a draw: a permutation of range(size), int64, read-only.

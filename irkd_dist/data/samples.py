@@ -56,7 +56,7 @@ class Shards(Protocol):
     def read(self, shard: int, offset: int, size: int) -> bytes: ...
     def read_all(self, places: Sequence[tuple[int, int, int]]) -> list[bytes]: ...
     def where(self, shard: int) -> Path | Url: ...
-    def expect(self, at_once: int) -> str | None: ...
+    def expect(self, at_once: int, sources: int) -> str | None: ...
     def prefetch(self, order: np.ndarray) -> None: ...
     def close(self) -> None: ...
 
@@ -94,9 +94,9 @@ class Split:
     def where(self, i: int) -> Path | Url:
         return self._opened().where(int(self.shard[i]))
 
-    def expect(self, at_once: int) -> str | None:
-        """Prepare for reads out of so many shards at once; a note, where that has to be slow."""
-        return self._opened().expect(at_once)
+    def expect(self, at_once: int, sources: int = 1) -> str | None:
+        """Prepare for reads out of so many shards at once, as one of so many sources; a note, where that is slow."""
+        return self._opened().expect(at_once, sources)
 
     def prefetch(self, ids: np.ndarray) -> None:
         """Have the samples' shards come, in the order of these ids, where they are not on this machine."""
@@ -140,7 +140,7 @@ class Local:
     def where(self, shard: int) -> Path:
         return self._files[shard][0]
 
-    def expect(self, at_once: int) -> None:
+    def expect(self, at_once: int, sources: int) -> None:
         pass
 
     def prefetch(self, order: np.ndarray) -> None:

@@ -238,10 +238,15 @@ class Store:
         return UserError(f"data.shard_cache.folder: {self.folder} cannot be used: {reason(error)}{hint}")
 
 
+def home() -> Path:
+    """Where a user's files of others are kept, unless a configuration says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irkd"
+
+
 @functools.cache
 def of(settings: Settings) -> Store:
     """The store of this process for these settings."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irkd" / "shards"
+    default = home() / "shards"
     limit = None if settings.limit_gib is None else int(settings.limit_gib * GIB)
     return Store(Path(settings.folder) if settings.folder else default, limit)
 

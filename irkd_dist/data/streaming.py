@@ -30,7 +30,8 @@ class Remote:
         self._settings = shards[0].url.settings
         self._store = store.of(self._settings)
         self._sizes = np.array([shard.size or 0 for shard in shards], np.int64)
-        self._whole, self._ahead, limit = True, _Ahead(), self._store.limit
+        self._whole, self._at_once, self._room = True, len(shards), np.inf
+        self._ahead, limit = _Ahead(), self._store.limit
         if limit is not None and self._sizes.max() > limit:
             largest = shards[int(self._sizes.argmax())]
             raise UserError(
@@ -38,10 +39,10 @@ class Remote:
                 f"{(largest.size or 0) / GIB:.3g} GiB; raise it, or render with smaller --samples-per-shard"
             )
 
-    def expect(self, at_once: int) -> str | None:
-        """Prepare for so many shards in use at once; what a user should know of it."""
-        limit, needed = self._store.limit, int(np.sort(self._sizes)[::-1][:at_once].sum())
-        self._at_once = at_once
+    def expect(self, at_once: int, sources: int) -> str | None:
+        """Prepare for so many shards in use at once, beside so many sources in all; what a user should know of it."""
+        limit, needed = self._store.limit, int(np.sort(self._sizes)[::-1][:at_once].sum()) * sources
+        self._at_once, self._room = at_once, np.inf if limit is None else limit / sources
         self._whole = limit is None or needed <= limit
         if self._whole:
             return None
@@ -75,8 +76,7 @@ class Remote:
         self._ahead.stop()
         if not self._whole or not len(order):
             return
-        room = np.inf if self._store.limit is None else float(self._store.limit)
-        plan = _Plan(order.tolist(), np.cumsum(self._sizes[order]), room, self._at_once)
+        plan = _Plan(order.tolist(), np.cumsum(self._sizes[order]), self._room, self._at_once)
         self._ahead = _Ahead(plan, self._fetch, self._settings.downloads)
 
     def _fetch(self, shard: int, stop: Callable[[], bool]) -> bool:
@@ -98,8 +98,11 @@ class _Plan:
         self.place = {shard: i for i, shard in enumerate(order)}
 
     def fits(self, place: int, used: int) -> bool:
-        """Whether a shard may come while the one at `used` is the last that was needed."""
-        first = max(used - self._at_once + 1, 0)
+        """Whether a shard may come while the one at `used` is the last that was needed.
+
+        A block has room until all shards of the next one were used: what is evicted then is not what has come ahead.
+        """
+        first = max((used + 1) // self._at_once - 1, 0) * self._at_once
         before = self._ends[first - 1] if first else 0
         return self._ends[place] - before <= self._room
 

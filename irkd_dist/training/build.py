@@ -22,7 +22,7 @@ from irkd_dist.data.sampler import Share
 from irkd_dist.data.views import View
 from irkd_dist.distill import features, methods, models
 from irkd_dist.distill.module import Distiller, Objective
-from irkd_dist.distill.teacher import Teacher, freeze
+from irkd_dist.distill.teacher import Member, Teacher, freeze
 from irkd_dist.errors import UserError
 from irkd_dist.training import answers, curriculum, distributed, engines, optim, preflight, restore, virtual
 from irkd_dist.training.curriculum import StagePlan
@@ -61,11 +61,14 @@ def build(config: Config, engine: Engine) -> Parts:
         notes += tap_notes
         taps = [s.path for s, _ in pairs]
         teacher = _teacher(config, engine, network, manifest, [t.path for _, t in pairs])
+        member_digests = _add_members(config, engine, teacher, manifest, notes)
         folders, of_folders, folder_notes = distributed.on_main(
             engine, lambda: _teacher_folders(config, stages, network.folder)
         )
         notes += folder_notes
         teacher_digest = of_folders if of_run else teacher_digest
+        if member_digests:
+            teacher_digest = digest([teacher_digest, *member_digests])
         feature_taps = _feature_taps(config, manifest, student, network.model, teacher)
     method = config.loss.saliency.method
     second_order = config.loss.saliency.gamma > 0 and methods.inner_gradient(method)
@@ -90,7 +93,7 @@ def build(config: Config, engine: Engine) -> Parts:
     )
     if teacher is not None and restore.teacher_sharded(config, engine):
         engines.shard(teacher.model, engine.device)
-    module = engine.prepare(distiller, optimizer, config.optim.clip, config.optim.accumulate)
+    module = engine.prepare(distiller, optimizer, config.optim.clip)
     identity = {
         "model": arguments,
         "classes": manifest.classes,
@@ -131,7 +134,7 @@ def loaders(parts: Parts, stage: StagePlan) -> tuple[Loader, Loader]:
 def train_loader(parts: Parts, stage: StagePlan, carried: Share) -> Loader:
     """The training loader of a stage for what a process carries of each batch."""
     config, engine, manifest, data = parts.config, parts.engine, parts.manifest, parts.config.data
-    micro_batches = carried.parts * config.optim.accumulate
+    micro_batches = carried.parts * parts.micro_batches(stage.number)
     full = manifest.largest if full_view(config) else None
     augment = configuration.stage_augment(config, configuration.stages(config)[stage.number])
     return Loader(
@@ -278,6 +281,30 @@ def _teacher(
         model = models.channels_last(network.model.to(engine.device))
         model = freeze(model, engine.autocast, explicit, engine.device)
     return Teacher(model, paths, saliency.method, engine.autocast, renormalize)
+
+
+def _add_members(
+    config: Config, engine: Engine, teacher: Teacher, manifest: shards.Manifest, notes: list[str]
+) -> list[str]:
+    """Give the teacher those that teach beside it; returns digests of their weights."""
+    spec, members, digests = config.teacher, [], []
+    assert spec is not None
+    for one in spec.ensemble:
+        alone = replace(
+            spec, run=one.run, model=one.model, mean=one.mean, std=one.std, ensemble=[], shares="equal"
+        )
+        own = replace(config, teacher=replace(alone, renormalize=one.renormalize))
+        model, network = distributed.network(engine, lambda own=own: _teacher_network(own, manifest))
+        notes += network.notes
+        digests.append(restore.weights_digest(model)[:16])
+        made = _teacher(own, engine, replace(network, model=model), manifest, [])
+        members.append(Member(made.model, made.renormalize))
+    teacher.members = tuple(members)
+    if members:
+        given = spec.shares if isinstance(spec.shares, list) else [1.0] * (1 + len(members))
+        teacher.shares = tuple(given)
+        teacher.mix = config.loss.kd.temperature if spec.mix == "probabilities" else None
+    return digests
 
 
 def _student(config: Config, manifest: shards.Manifest) -> tuple[nn.Module, tuple[dict[str, Any], list[str]]]:

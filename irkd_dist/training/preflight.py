@@ -160,9 +160,13 @@ def settle(parts: Parts) -> None:
 
     Without it a resumed run would sum its first step in another order than an unbroken one.
     """
-    loss, device, side = parts.config.loss, parts.engine.device, parts.plan.stages[0].resolution
     # two that are aligned and two that are not: BatchNorm refuses a single value
-    count = 4
+    blank_step(parts, parts.plan.stages[0].resolution, 4)
+
+
+def blank_step(parts: Parts, side: int, count: int) -> None:
+    """Forward and backward of `count` blank images, half of them aligned, of which nothing stays."""
+    loss, device = parts.config.loss, parts.engine.device
     image = torch.zeros(count, 3, side, side, device=device)
     label = torch.zeros(count, dtype=torch.long, device=device)
     targets = Targets()
@@ -178,8 +182,9 @@ def settle(parts: Parts) -> None:
     parts.module.train()
     weight = torch.full((count,), 1 / count, device=device)
     weights = loss.kd.alpha, loss.saliency.gamma, 1.0, loss.features.beta
-    terms = parts.module(image, label, weight, targets, *weights)
-    parts.engine.backward(terms["total"])
+    with parts.engine.micro_batch(last=True):
+        terms = parts.module(image, label, weight, targets, *weights)
+        parts.engine.backward(terms["total"])
     parts.engine.discard()
     for key, buffer in parts.student.named_buffers():
         buffer.copy_(buffers[key])

@@ -128,6 +128,7 @@ def _gradient_norms(parts: Parts, images: Tensor, labels: Tensor, view: Tensor) 
     parameters = [p for p in parts.student.parameters() if p.requires_grad]
     training = parts.student.training
     parts.student.eval()
+    parts.student.training = models.is_distilled(parts.student)  # itself alone: both heads, and no dropout
     terms, _ = distiller.terms(images, labels, weight, targets, loss.kd.alpha, gamma)
     norms = {}
     for name, term in terms.items():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from irkd_dist import verify
 from irkd_dist.data import remote, render, sampler, shards, store
@@ -114,6 +115,10 @@ def test_s3_gives_the_same(many: Path, tmp_path: Path, monkeypatch: pytest.Monke
         url = remote.place("s3://images", Settings(str(tmp_path), **FAST))  # type: ignore[arg-type]
         assert isinstance(url, remote.Url)
         assert seen(loader(url, Augment())) == seen(loader(many, Augment()))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+        plain, here = open_source("wds", "s3://images/r8"), open_source("wds", many / "r8")
+        for split, labels in here.labels.items():
+            assert plain.labels[split].tolist() == labels.tolist()
         with pytest.raises(
             UserError, match=r"s3://images/no/manifest\.json cannot be read: there is no such file"
         ):
@@ -470,13 +475,15 @@ def test_downloads_come_in_the_order_of_use_and_within_the_room(
     manifest = shards.load_manifest(many)
     files = manifest.shards["r8"]["train"]
     most = max(s.bytes for s in files)
-    url = place(server, tmp_path, limit_gib=6 * most / GIB, downloads=1)
+    url = place(server, tmp_path, limit_gib=5 * most / GIB, downloads=1)
     with loader(url, Augment(), order="shard", block=2) as own:
         store.of(url.settings).take_counts()
         for _ in own.batches(0):
             kept = sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file())
-            assert kept <= 6 * most
-            time.sleep(0.01)
+            assert kept <= 5 * most
+            time.sleep(0.05)
+    counts = store.of(url.settings).take_counts()
+    assert counts.downloads == len(files)  # none twice: what comes ahead is not evicted
     order = sampler.shard_order(3, 0, tuple(s.samples for s in files), 2)
     of = np.repeat(np.arange(len(files)), [s.samples for s in files])[order]
     due = [files[i].name for i in dict.fromkeys(of.tolist())]
@@ -485,7 +492,10 @@ def test_downloads_come_in_the_order_of_use_and_within_the_room(
     assert [{*asked[i : i + 2]} for i in range(0, len(asked), 2)] == blocks
 
 
-def test_verify_reads_what_the_server_has(many: Path, server: Server, tmp_path: Path) -> None:
+def test_verify_reads_what_the_server_has(
+    many: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "CHUNK", 30_000)
     url = place(server, tmp_path)
     assert list(verify.verify(url)) == []
     server.faults.ranges = False
@@ -502,3 +512,57 @@ def test_verify_reads_what_the_server_has(many: Path, server: Server, tmp_path: 
     assert problem.startswith(f"{server.url}/r8/train-000003.tar")
     assert "truncated: 9,000 bytes" in problem or "shorter there" in problem
     assert not [f for f in tmp_path.rglob("*") if f.is_file()]
+
+
+def test_shards_of_one_class_each_are_warned_of_and_shuffled_ones_are_not(tmp_path: Path) -> None:
+    for i in range(120):
+        (own := tmp_path / "images" / "train" / f"class-{i // 10:02d}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 2 * i, 0)).save(own / f"{i}.png")
+    source = open_source("folder", tmp_path / "images")
+    notes, labels = [], []
+    for shuffle in (False, True):
+        out = tmp_path / str(shuffle)
+        options = render.Options((8,), samples_per_shard=10, val_fraction=0.0, shuffle=shuffle)
+        manifest = render.render(source, out, options)
+        assert manifest is not None
+        assert manifest.splits == {"train": 120}
+        of = Dataset(out, manifest, "train", verify="size", order="shard", block=2)
+        with Loader(of, View(8, Augment()), batch=20, seed=0) as own:
+            notes.append(own.notes)
+            batch = next(iter(own.batches(0)))
+            labels.append(len(set(batch.labels.tolist())))
+            opened = shards.open_split(out, manifest, "train", 8)
+            colours = sorted(shards.decode(opened.image(i), "png")[0, 0, 0].item() for i in range(120))
+            assert colours == list(range(120))  # each image once, under its own class
+            for i in range(120):
+                assert opened.labels[i] == shards.decode(opened.image(i), "png")[0, 0, 0].item() // 10
+    assert labels[0] == 2
+    assert labels[1] > 6
+    assert notes[1] == []
+    assert "the first 20 images of an epoch have 2 classes, 10 are to be expected" in notes[0][0]
+
+
+def test_plain_tars_behind_a_url_are_rendered(
+    many: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    named = f"{server.url}/r12/train-{{000000..000011}}.tar?sig=hush"
+    by_url, here = open_source("wds", named), open_source("wds", many / "r12")
+    assert by_url.labels.keys() == {"train"}
+    assert np.array_equal(by_url.labels["train"], here.labels["train"])
+    for one, other in zip(by_url.read("train", range(120)), here.read("train", range(120)), strict=True):
+        assert one == other
+    asked = len(server.faults.asked)
+    assert open_source("wds", named).fingerprint == by_url.fingerprint
+    assert not [r for path, r in server.faults.asked[asked:] if r]  # sizes only
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    server.faults.ranges = False
+    assert np.array_equal(open_source("wds", named).labels["train"], here.labels["train"])
+    with pytest.raises(
+        UserError, match=r"http has no list of files: name the tars, http://host/train-\{000000"
+    ):
+        open_source("wds", server.url)
+    with pytest.raises(UserError, match=r"train-000012\.tar.* cannot be read: there is no such file"):
+        open_source("wds", f"{server.url}/r12/train-{{000000..000012}}.tar")
+    with pytest.raises(UserError, match=r"only source wds is read from a URL, not folder"):
+        open_source("folder", server.url)
