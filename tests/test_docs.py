@@ -31,7 +31,9 @@ PAGES = [
     for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 ]
 KINDS = ("python", "bash", "yaml", "text")  # text: what is printed, or what lies in a folder
-PREFIX = re.compile(r"(irkd|python|make|accelerate|torchrun|sbatch|wandb|pip|cp|source|eval|salloc|git) ")
+PREFIX = re.compile(
+    r"(irkd|python|bash|make|accelerate|torchrun|sbatch|wandb|pip|cp|source|eval|salloc|git) "
+)
 
 # commands that no parser of ours takes, and who runs them
 OTHERS = {
@@ -167,6 +169,8 @@ def check(words: list[str], where: str, whole: bool = True) -> None:
             own = "runpy" not in text  # or they are another script's
             unknown = [w for w in rest if own and w.startswith("--") and f'"{w}"' not in text]
             assert not unknown, f"{said}: {script} has no {unknown}"
+        case ["bash", script, *_]:
+            assert (ROOT / script).is_file(), said
         case ["make", *rest]:
             makefile = (ROOT / "Makefile").read_text()
             for word in rest:
