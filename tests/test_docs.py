@@ -135,6 +135,15 @@ def test_commands_are_right(page: str, tmp_path: Path, monkeypatch: pytest.Monke
         check(plainly(words), page, whole=False)
 
 
+@pytest.mark.parametrize("file", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.yaml")))
+def test_commands_in_the_remarks_of_a_configuration_are_right(file: str) -> None:
+    text = re.sub(r"\s*\\\n#\s*", " ", (ROOT / file).read_text())  # a command on two lines
+    remarks = re.findall(r"#(.*)", text)
+    for remark in remarks:
+        for text in re.findall(r"(?:irkd|sbatch) (?:--|[a-z]+ )[^&();:,]*(?:,[^&();: ]+[^&();:,]*)*", remark):
+            check(plainly(shlex.split(re.split(r"\s{2,}", text)[0])), file, whole=False)
+
+
 def check(words: list[str], where: str, whole: bool = True) -> None:
     """Assert that the program that a command names would take its words; not whole: some may be left out."""
     said = f"{where}: {shlex.join(words)}"
