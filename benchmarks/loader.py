@@ -7,14 +7,17 @@ Passes alternate, so that a busy machine slows both. Timed are:
 - stock: `wds.WebDataset(urls).decode(D).to_tuple("png", "cls").batched(128)`: no shuffling, no augmentation,
   no normalisation. D is the fastest of "torchrgb8", "rgb8" and "pil" (PIL objects, not even stacked) in a
   first pass of each on this machine. The files are in the page cache, for both.
-- none: `Loader(cache="none")`: shuffled, every image read and decoded, uint8 -> float32, normalised.
-- none+aug: the same with random crop (padding 4) and flip: what a first training epoch costs.
+- first: the first epoch of `Loader(cache="none")`: shuffled, every image read, looked through for damage and decoded,
+  uint8 -> float32, normalised.
+- none: later epochs of it, when bytes with the same checksum need not be looked through again.
+- none+aug: the same with random crop (padding 4) and flip.
 - ram, ram+aug: `Loader(cache="ram")` after a first epoch has filled its cache: what later epochs cost.
 
-So ours delivers more (shuffled, stacked, float32, normalised) than what it is compared with. The time of the
-augmentation alone (crop, flip, normalise of one 128 x 3 x 32 x 32 batch) is measured on one thread.
+Each for every number of `data.workers`, which are the loader's threads. So ours delivers more (shuffled, stacked,
+float32, normalised) than what it is compared with. The time of the augmentation alone (crop, flip, normalise of one
+128 x 3 x 32 x 32 batch) is measured on one thread.
 
-    python benchmarks/loader.py [--samples 20000] [--repeats 5] [--workers 2]
+    python benchmarks/loader.py [--samples 20000] [--repeats 5] [--workers 1,2,4,8,16]
 """
 
 import argparse
@@ -22,7 +25,9 @@ import io
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -118,71 +123,92 @@ def augment_ms(repeats: int = 100) -> float:
     return statistics.median(times) * 1000
 
 
-def measure(folder: Path, samples: int, repeats: int, workers: int) -> dict:
+def measure(folder: Path, samples: int, repeats: int, workers: list[int]) -> dict:
     manifest = make_shards(folder, samples)
     urls = [str(folder / f"r{SIZE}" / s.name) for s in manifest.shards[f"r{SIZE}"]["train"]]
-    first = {name: rate(stock(urls, name), samples, lambda b: b[1]) for name in STOCK}
-    decoder = max(first, key=lambda name: first[name])
+    tried = {name: rate(stock(urls, name), samples, lambda b: b[1]) for name in STOCK}
+    decoder = max(tried, key=lambda name: tried[name])
     print(
-        f"stock decoders: {', '.join(f'{n} {r:,.0f}/s' for n, r in first.items())}; compared with: {decoder}"
+        f"stock decoders: {', '.join(f'{n} {r:,.0f}/s' for n, r in tried.items())}; compared with: {decoder}"
     )
 
-    def loader(cache: Cache, augment: Augment) -> Loader:
-        data, work = Dataset(folder, manifest, "train", verify="size"), Work(cache, workers=workers)
+    def loader(cache: Cache, augment: Augment, threads: int) -> Loader:
+        data, work = Dataset(folder, manifest, "train", verify="size"), Work(cache, workers=threads)
         return Loader(data, View(SIZE, augment), batch=BATCH, seed=0, work=work)
 
-    ours = {"none": loader("none", OFF), "none+aug": loader("none", CROP_FLIP)}
-    ours |= {"ram": loader("ram", OFF), "ram+aug": loader("ram", CROP_FLIP)}
-    for each in ours.values():  # fills the caches, warms every path
-        rate(each.batches(0), samples, lambda b: b.labels)
-    rates: dict[str, list[float]] = {"stock": [], **{name: [] for name in ours}}
-    for repeat in range(repeats):
-        rates["stock"].append(rate(stock(urls, decoder), samples, lambda b: b[1]))
-        for name, each in ours.items():
-            rates[name].append(rate(each.batches(repeat + 1), samples, lambda b: b.labels))
-        print(f"repeat {repeat + 1}:", ", ".join(f"{n} {r[-1]:,.0f}/s" for n, r in rates.items()), flush=True)
-    for each in ours.values():
-        each.close()
-    return {"stock_decoder": decoder, "rates": rates}
+    def passes(threads: int) -> dict[str, list[float]]:
+        ours = {
+            "none": loader("none", OFF, threads),
+            "none+aug": loader("none", CROP_FLIP, threads),
+            "ram": loader("ram", OFF, threads),
+            "ram+aug": loader("ram", CROP_FLIP, threads),
+        }
+        for each in ours.values():  # fills the caches, warms every path
+            rate(each.batches(0), samples, lambda b: b.labels)
+        rates: dict[str, list[float]] = {name: [] for name in ("stock", "first", *ours)}
+        for repeat in range(repeats):
+            rates["stock"].append(rate(stock(urls, decoder), samples, lambda b: b[1]))
+            with loader("none", OFF, threads) as new:
+                rates["first"].append(rate(new.batches(0), samples, lambda b: b.labels))
+            for name, each in ours.items():
+                rates[name].append(rate(each.batches(repeat + 1), samples, lambda b: b.labels))
+        for each in ours.values():
+            each.close()
+        return rates
+
+    return {"stock_decoder": decoder, "rates": {threads: passes(threads) for threads in workers}}
 
 
-def summary(measured: dict, samples: int, workers: int) -> dict:
-    rates = measured["rates"]
+def summary(measured: dict, samples: int) -> dict:
     result = {
         "benchmark": "loader",
+        "command": shlex.join(["python", "benchmarks/loader.py", *sys.argv[1:]]),
         "samples": samples,
-        "workers": workers,
         "batch": BATCH,
         "resolution": SIZE,
         "stock_decoder": measured["stock_decoder"],
-        "samples_per_s": {name: round(statistics.median(r)) for name, r in rates.items()},
-        "ratio": {},
+        "by_workers": {str(n): compared(rates) for n, rates in measured["rates"].items()},
         "goal": {"none": 5, "ram": 40},
         "augment_ms_per_batch": round(augment_ms(), 3),
-        "cpus": os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {n: version(n) for n in ("torch", "torchvision", "webdataset", "pillow", "numpy")},
     }
-    for name in rates:
-        if name != "stock":  # of neighbours in time
-            ratios = [mine / theirs for mine, theirs in zip(rates[name], rates["stock"], strict=True)]
-            median, low, high = statistics.median(ratios), min(ratios), max(ratios)
-            result["ratio"][name] = {"median": round(median, 2), "min": round(low, 2), "max": round(high, 2)}
-            print(f"{name:>9}: {median:.1f}x stock ({low:.1f} to {high:.1f})")
+    print(
+        f"{'workers':>7} | " + " | ".join(f"{name:>24}" for name in measured["rates"][min(measured["rates"])])
+    )
+    for n, row in result["by_workers"].items():
+        cells = (
+            f"{c['samples_per_s']:>9,}/s {c['median']:>5.1f} ({c['min']:.1f}-{c['max']:.1f})"
+            for c in row.values()
+        )
+        print(f"{n:>7} | " + " | ".join(f"{cell:>24}" for cell in cells))
     print(f"crop + flip + normalise of a batch: {result['augment_ms_per_batch']} ms")
     return result
+
+
+def compared(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Samples per second, and how many times stock's of the same repeat: median, smallest, largest."""
+    found = {}
+    for name, own in rates.items():
+        ratios = [mine / theirs for mine, theirs in zip(own, rates["stock"], strict=True)]
+        spread = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+        rounded = {key: round(value, 2) for key, value in spread.items()}
+        found[name] = {"samples_per_s": round(statistics.median(own)), **rounded}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2, help="threads of the loader (data.workers)")
+    parser.add_argument("--workers", default="1,2,4,8,16", help="threads of the loader (data.workers)")
     args = parser.parse_args()
+    workers = [int(n) for n in args.workers.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        measured = measure(Path(folder), args.samples, args.repeats, args.workers)
-    print(json.dumps(summary(measured, args.samples, args.workers)))
+        measured = measure(Path(folder), args.samples, args.repeats, workers)
+    print(json.dumps(summary(measured, args.samples)))
 
 
 if __name__ == "__main__":

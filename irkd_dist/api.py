@@ -184,9 +184,11 @@ class SaliencyLoss(nn.Module):
     no part of this module's parameters. Under DistributedDataParallel wrap this module, not the student.
 
     Args:
-        student, teacher: timm models, or others with modules that give tokens or a grid.
+        student: a timm model, or another with modules that give tokens or a grid.
+        teacher: another of these.
         taps: `all`, or a list of names, block numbers or pairs [student's, teacher's].
-        method: see `saliency_maps`; normalization: `minmax` or `l2`.
+        method: see `saliency_maps`.
+        normalization: of the maps, `minmax` or `l2`.
     """
 
     def __init__(

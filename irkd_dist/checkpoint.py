@@ -268,13 +268,10 @@ def find(path: Path, which: str = "best") -> tuple[Path, list[str]]:
     Raises:
         UserError: neither a run nor a checkpoint, or a run without a complete checkpoint, or its best is gone.
     """
+    runfolder.check_trained(path)
     if (path / STATE).is_file():
         return path, []
-    folder = path / runfolder.CHECKPOINTS
-    if not folder.is_dir():
-        kinds = f"a run folder (with {runfolder.CHECKPOINTS}/) nor a checkpoint ({STATE})"
-        raise UserError(f"{path} is neither {kinds}")
-    found, content, skipped = read_newest(folder)
+    found, content, skipped = read_newest(path / runfolder.CHECKPOINTS)
     if found is None or content is None:
         raise UserError(f"{path} has no complete checkpoint" + "".join(f"; {s}" for s in skipped))
     best = content.state.get("curriculum", {}).get("best_checkpoint")

@@ -16,7 +16,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from irkd_dist import keys, plain, reading
+from irkd_dist.data import remote
 from irkd_dist.data.recipe import Augment
+from irkd_dist.data.remote import Url
 from irkd_dist.distill import methods
 from irkd_dist.distill.paper import PAPER_MODELS, PAPER_PATCH
 from irkd_dist.errors import UserError
@@ -43,8 +45,13 @@ def _word(value: Any) -> Any:
 class Data:
     """Shards rendered by `irkd render`, and how batches are made of them."""
 
-    # folder with manifest.json; operational because its content is compared by digest
+    # folder with manifest.json, or https://, s3://, gs://, hf://datasets/ of one (docs/streaming.md); operational
+    # because its content is compared by digest
     shards: Annotated[str, OPERATIONAL, PATH] = "shards/cifar10"
+    # of an epoch: any sample may follow any, or (shard) blocks of shards, shuffled within: for data that no disk holds
+    order: Literal["exact", "shard"] = "exact"
+    order_block: Positive = 8  # under order=shard: shards of a block
+    shard_cache: Annotated[remote.Settings, OPERATIONAL] = field(default_factory=remote.Settings)
     batch: Annotated[int, Field(gt=0, le=2**20)] = 128  # global batch, over all processes
     subset: Positive | None = None  # train on this many images (class-balanced, fixed choice)
     val_subset: Positive | None = None  # stages are judged by this many held-out images (class-balanced)
@@ -53,7 +60,7 @@ class Data:
     centre_crop: bool = False  # crop-mode shards: evaluate on a centre crop instead of a resize
     # samples of a process that are measured at once
     eval_batch: Annotated[int, Field(gt=0, le=2**16), OPERATIONAL] = 256
-    # decoded images kept after the first epoch
+    # decoded images kept after the first epoch; in RAM one copy for the processes of a node
     cache: Annotated[Literal["none", "ram", "device"], OPERATIONAL] = "ram"
     workers: Annotated[int, Field(gt=0, le=1024), OPERATIONAL] = 2  # decoding threads
     # of shards, when they are opened
@@ -69,11 +76,12 @@ class Model:
     """A network: one of the paper's (custom, vit_tiny, vit_small), any timm model by name, or one with its weights:
     `local-dir:FOLDER` (as timm saves it) or `hf-hub:ORG/NAME`."""
 
-    name: str = "custom"
+    name: str = "custom"  # as above
     patch: Side | None = None  # null: the model's own; left out: 4 for the paper's models, else null
     image_size: Side | None = None  # size its position embeddings are made for; null: the largest stage
     distilled: bool | Literal["auto"] = "auto"  # distillation token; auto: when logits are distilled
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # on the embeddings and in the blocks' projections
+    # stochastic depth: rate of the last block, linear below
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     pretrained: bool = False  # the weights that timm, the folder or the hub has for it
     # weights to start from: a safetensors or PyTorch file, or a run, checkpoint or Hugging Face folder
@@ -131,7 +139,7 @@ class Teacher:
     renormalize: bool = False
     # its normalisation, for teacher.model; null: what its weights or timm say, else the shards'
     mean: tuple[float, float, float] | None = None
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None  # goes with mean
     cache: TeacherCache = field(default_factory=TeacherCache)
     # more teachers, whose logits are averaged with this one's; maps and features are this one's alone
     ensemble: list[Member] = field(default_factory=list)
@@ -148,8 +156,9 @@ class Kd:
     """Distillation of the teacher's logits."""
 
     alpha: NonNegativeFloat = 0.0  # weight; 0 is off
+    # soft: KL to the teacher's distribution; hard: CE with its decision
     kind: Literal["soft", "hard"] = "soft"
-    temperature: PositiveFloat = 4.0
+    temperature: PositiveFloat = 4.0  # of both softmaxes; the term is scaled by its square
     follow_teacher: bool = False  # scale alpha by the teacher's measured competence at a stage's resolution
     __pydantic_config__ = _strict
 
@@ -162,7 +171,7 @@ class Saliency:
     method: str = "gradient"  # a file of irkd_dist/distill/methods
     # or all, numbers, pairs [s, t]
     taps: str | list[Any] = field(default_factory=lambda: ["first", "second", "last"])
-    normalization: Literal["minmax", "l2"] = "minmax"
+    normalization: Literal["minmax", "l2"] = "minmax"  # of a map: by its range, or by its length
     every: Positive = 1  # computed on every k-th step
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the batch
     strict_paper: bool = False  # keep the paper's void last tap
@@ -175,7 +184,7 @@ class Features:
     """Alignment of features through a learned linear projection (FitNets)."""
 
     beta: NonNegativeFloat = 0.0  # weight; 0 is off
-    kind: Literal["cosine", "mse"] = "cosine"
+    kind: Literal["cosine", "mse"] = "cosine"  # distance of a projected feature to the teacher's
     taps: list[Any] = field(default_factory=lambda: ["last"])  # as saliency's; the projections are by pair
     __pydantic_config__ = _strict
 
@@ -185,7 +194,7 @@ class Loss:
     """CE + alpha KD + gamma saliency (`sum`, paper eq. 1), or (1 - alpha) CE + alpha KD + gamma saliency (`convex`);
     and beta times the distance of features."""
 
-    form: Literal["sum", "convex"] = "sum"
+    form: Literal["sum", "convex"] = "sum"  # as above
     kd: Kd = field(default_factory=Kd)
     saliency: Saliency = field(default_factory=Saliency)
     features: Features = field(default_factory=Features)
@@ -208,7 +217,7 @@ class Ends:
 class Stage(Ends):
     """One resolution of the curriculum."""
 
-    resolution: Side
+    resolution: Side  # pixels a side
     epochs: Positive | None = None  # at most; null: curriculum.epochs
     # each step is at one of these or at `resolution`, drawn evenly; one that is named twice comes twice as often
     multiscale: list[Side] = field(default_factory=list)
@@ -225,7 +234,7 @@ class Curriculum(Ends):
     """Stages of resolution, in order; they may go down as well as up. What a stage leaves out is taken from here."""
 
     stages: list[Stage] = field(default_factory=list)
-    epochs: Positive = 10
+    epochs: Positive = 10  # at most, of each stage
     start_from: Literal["last", "best"] = "last"  # weights that the next stage starts from
     # tokens: a larger batch at low resolution, so that a batch has the tokens of data.batch at the largest stage
     batch: Literal["fixed", "tokens"] = "fixed"
@@ -238,8 +247,8 @@ class Curriculum(Ends):
 class Fixed(Ends):
     """Training at one resolution with one optimizer to the end."""
 
-    resolution: Side
-    epochs: Positive
+    resolution: Side  # pixels a side
+    epochs: Positive  # at most
     multiscale: list[Side] = field(default_factory=list)  # as a stage's
     __pydantic_config__ = _strict
 
@@ -248,6 +257,7 @@ class Fixed(Ends):
 class Schedule:
     """Learning rate over time, as parts of the peak `optim.lr`."""
 
+    # after the warm-up: flat, or a half cosine down
     kind: Literal["constant", "cosine", "one_cycle"] = "constant"
     warmup: Fraction = 0.0  # part of the span
     start: NonNegativeFloat = 0.0  # first rate of the warm-up, as a part of the peak
@@ -269,16 +279,17 @@ class Ema:
 class Optim:
     """AdamW and what happens to it at a stage change."""
 
-    lr: PositiveFloat = 3e-4
+    lr: PositiveFloat = 3e-4  # peak learning rate
     weight_decay: NonNegativeFloat = 1e-4  # on weights; none on biases, norms, tokens and position embeddings
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
+    betas: tuple[Beta, Beta] = (0.9, 0.999)  # decay of first and second moments
+    eps: PositiveFloat = 1e-8  # AdamW's
     clip: PositiveFloat | None = None  # global gradient norm
     # micro-batches that each process computes its share of the batch in; the global batch stays. auto: as many in each
     # stage as its memory asks for, recorded in the run
     accumulate: Annotated[Annotated[int, Field(gt=0)] | Literal["auto"], OPERATIONAL] = 1
     # steps without a finite loss, since the last checkpoint, after which the run goes back to it (once)
     max_skips: Annotated[int, Field(ge=0), OPERATIONAL] = 10
+    # at a stage change: zero moments and a new schedule, both go on, or both go on with a new warm-up
     policy: Literal["reset", "carry", "rewarm"] = "reset"
     rewarm_steps: Positive = 100  # under rewarm: steps of a linear warm-up at each new stage
     schedule: Schedule = field(default_factory=Schedule)
@@ -294,8 +305,8 @@ class Optim:
 class Checkpoint:
     """When checkpoints are written and how many stay; one is always written at the end of an epoch."""
 
-    every_steps: Positive | None = None
-    every_minutes: PositiveFloat | None = None
+    every_steps: Positive | None = None  # null: not by steps
+    every_minutes: PositiveFloat | None = None  # null: not by time
     keep: Positive = 2  # newest ones kept, besides the best of each stage
     keep_epochs: Positive | None = None  # and every n-th epoch's for good (for intermediate stages' teachers)
     __pydantic_config__ = _strict
@@ -305,12 +316,14 @@ class Checkpoint:
 class Track:
     """Where metrics go besides events.jsonl."""
 
-    backend: Literal["none", "wandb", "tensorboard"] = "none"
+    backend: Literal["none", "wandb", "tensorboard"] = "none"  # none: events.jsonl alone
     mode: Literal["online", "offline"] = "offline"  # of W&B; offline needs no account
-    project: str = "irkd"
+    project: str = "irkd"  # W&B's
     log_every: Positive = 20  # steps between loss lines
     # images whose saliency panels are kept at the end of each stage
     panels: Annotated[int, Field(ge=0, le=1024)] = 4
+    # held-out images that each epoch's end measures agreement of maps and gradients of terms on; 0: none
+    probe: Annotated[int, Field(ge=0, le=1024)] = 64
     samples: bool = False  # write down which samples each step saw, in samples/ of the run folder
     __pydantic_config__ = _strict
 
@@ -319,7 +332,7 @@ class Track:
 class Config:
     """One experiment."""
 
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0  # of weights, order, augmentation and dropout
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     student: Model = field(default_factory=Model)
@@ -384,6 +397,12 @@ def from_values(
         values["name"] = _run_name(stem, values.get("seed", 0))
     config = from_dict(values, where)
     _check_name(config.name, where)
+    if remote.literal_secret(references.get("data.shards", config.data.shards)):
+        raise UserError(
+            f"data.shards={remote.without_secrets(config.data.shards)} carries a password "
+            "or a query, which would be written into the run folder: put it into an environment variable, and give "
+            "data.shards='${oc.env:NAME}'"
+        )
     return replace(config, references=references)
 
 
@@ -560,6 +579,11 @@ def check(config: Config) -> None:
     _check_augment(config)
     if config.optim.checkpoint_blocks and config.compile is not False:
         raise UserError("optim.checkpoint_blocks=true with compile: one of them at a time; set compile=false")
+    if config.data.order == "shard" and config.augment.draws is not None and config.augment.mixes:
+        raise UserError(
+            f"data.order=shard with augment.draws={config.augment.draws} and MixUp or CutMix: partners then come from "
+            "the whole split; leave out draws, or use data.order=exact"
+        )
     if config.engine != "auto":
         check_engine(config, config.engine)
     for i, stage in enumerate(stages(config)):
@@ -700,6 +724,15 @@ def folder_of(config: Config) -> Path:
     """The run folder of a configuration."""
     assert config.name is not None
     return Path(config.out) / config.name
+
+
+def shards_of(config: Config) -> Path | Url:
+    """Where the shards are: as text it shows no secret.
+
+    Raises:
+        UserError: a URL of a protocol that is not read here.
+    """
+    return remote.place(config.data.shards, config.data.shard_cache)
 
 
 def student_distilled(config: Config) -> bool:

@@ -92,7 +92,7 @@ def load_teacher(config: Config, manifest: shards.Manifest, on_meta: bool = Fals
         assert spec.model is not None
         network = _timm_teacher(config, manifest, on_meta)
         where = f"teacher.model={spec.model.name}"
-    networks.check_classes(network.classes, manifest, config.data.shards, where)
+    networks.check_classes(network.classes, manifest, str(configuration.shards_of(config)), where)
     ours = (*manifest.mean, *manifest.std)
     theirs = (*network.mean, *network.std)
     if not spec.renormalize and not _near(ours, theirs):

@@ -294,7 +294,7 @@ def _run_to_come(examine: _Examination, engine: Engine, config: Config, path: st
 
     def shards_whole() -> str:
         nonlocal manifest
-        manifest = shards.load_manifest(Path(config.data.shards))
+        manifest = shards.load_manifest(configuration.shards_of(config))
         return _shards(engine, config, manifest)
 
     def teacher_fits() -> str:
@@ -337,12 +337,13 @@ def _run_to_come(examine: _Examination, engine: Engine, config: Config, path: st
 
 def _shards(engine: Engine, config: Config, manifest: shards.Manifest) -> str:
     """Each file that the run reads is checked by one process."""
-    folder, verify = Path(config.data.shards), config.data.verify
+    folder, verify = configuration.shards_of(config), config.data.verify
     files, start = preflight.used_shards(config, manifest), time.perf_counter()
     preflight.check_shards(config, engine, manifest)
     seconds = time.perf_counter() - start
     size = sum(shard.bytes for _, shard in files) / MIB
     what = "checksums agree" if verify == "checksum" else "sizes agree (data.verify=size)"
+    what = what if isinstance(folder, Path) else "each is checked when it is downloaded"
     splits = ", ".join(f"{n:,} {split}" for split, n in manifest.splits.items())
     return f"{folder}: {len(files)} files, {size:,.0f} MiB, {what} ({seconds:.1f} s); {splits}"
 

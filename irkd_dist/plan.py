@@ -1,7 +1,8 @@
 """`irkd plan`: time, memory and disk of each stage before anything runs, from some real steps on this machine.
 
 The calibration takes student, teacher and loss through a few steps of each stage at its own resolution and batch, in
-memory: no run folder is written. More processes are a stated model on top of it (`Model`).
+memory: no run folder is written. More processes are a stated model on top of it (`plan_model`). A teacher that is not
+trained yet is stood in for by a network of its configuration.
 """
 
 from __future__ import annotations
@@ -9,51 +10,35 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 import shutil
 import statistics
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
 from rich.table import Table
+from safetensors.torch import save_file
 
 from irkd_dist import config as configuration
-from irkd_dist import runfolder
+from irkd_dist import configured, plan_model, runfolder
 from irkd_dist.config import Config
+from irkd_dist.config import Model as Network
 from irkd_dist.data import shards
-from irkd_dist.distill import measure, models
+from irkd_dist.data.loader import Batch
+from irkd_dist.distill import measure, methods, models
+from irkd_dist.errors import UserError
+from irkd_dist.plan_model import Model, Spread
 from irkd_dist.training import build, engines, metrics, micro, restore, step
 from irkd_dist.training.engines import Engine
 from irkd_dist.training.parts import Parts
 
 MIB, GIB = 2**20, 2**30
 WARM, MEASURED = 2, 5  # steps of each stage
-
-
-@dataclass(frozen=True)
-class Model:
-    """What more processes are taken to cost: the batch is divided, and gradients are summed in a ring.
-
-    A step of N processes takes compute / N / efficiency + 2 (N - 1) / N * gradient bytes / bandwidth + N * latency; the
-    two overlap by `overlap`. bandwidth: bytes/s between neighbours, of the slowest link.
-    """
-
-    gpus: int = 1  # in all
-    bandwidth: float = 10e9
-    latency: float = 2e-5
-    efficiency: float = 0.9  # of a process with a part of the batch, against one with all of it
-    overlap: float = 0.5  # of the exchange that the backward hides
-
-    def seconds(self, alone: float, gradient: float) -> float:
-        """Of a step that takes `alone` on one process, with a gradient of so many bytes."""
-        n = self.gpus
-        if n == 1:
-            return alone
-        exchange = 2 * (n - 1) / n * gradient / self.bandwidth + n * self.latency
-        return alone / n / self.efficiency + (1 - self.overlap) * exchange
 
 
 @dataclass(frozen=True)
@@ -70,6 +55,7 @@ class StageForecast:
     seconds: float
     peak_mib: float
     images_per_s: float
+    teacher_s: float  # of the teacher's forward and maps over a batch; 0 without one
 
 
 @dataclass(frozen=True)
@@ -81,20 +67,35 @@ class Forecast:
     peak_mib: float
     device: str
     gpus: int
+    states_mib: dict[str, float]  # weights, gradients, moments of a process, by engine
     checkpoint_mib: float  # one
+    checkpoint_s: float  # to write one there, beside the training
     checkpoints_mib: float  # all that are kept at once
     shards_mib: float
     cache_mib: float  # of the teacher's answers; 0 without a cache
+    cache_s: float  # to fill it ahead (irkd teach)
     free_mib: float  # where the run folder goes
     notes: list[str]
 
 
-def plan(config: Config, model: Model = Model()) -> Forecast:
+ALONE = Model()
+
+
+def plan(config: Config, model: Model = ALONE, file: Path | None = None) -> Forecast:
     """Forecast a run on this machine, or with `model` on several devices like this one's.
 
+    file: the configuration's; among those beside it is that of a teacher which is not trained yet.
+
     Raises:
-        UserError: shards, teacher and configuration do not fit together, or the teacher is not there yet.
+        UserError: shards, teacher and configuration do not fit together, or no configuration tells what a teacher is
+            that is not there yet.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        config, notes = _with_teacher(config, file, Path(folder))
+        return _plan(config, model, notes)
+
+
+def _plan(config: Config, model: Model, notes: list[str]) -> Forecast:
     began, folder = time.perf_counter(), configuration.folder_of(config)
     light = replace(config, track=replace(config.track, backend="none", panels=0), compile=False)
     if light.teacher is not None:
@@ -103,18 +104,27 @@ def plan(config: Config, model: Model = Model()) -> Forecast:
     engine = engines.setup(light)
     try:
         parts = build.build(light, engine)
-        opened = time.perf_counter() - began
-        gradient = 4.0 * sum(shape.numel() for shape in engine.shapes.values())
-        told = [_stage(parts, i, model, gradient) for i in range(len(parts.plan.stages))]
-        checkpoint = 3 * gradient + (gradient if config.optim.ema else 0)
+        opened, held = time.perf_counter() - began, _held(engine)
+        weights = 4.0 * sum(shape.numel() for shape in engine.shapes.values())
+        spread = _states(config, parts, weights, model.gpus)
+        told = []
+        for i in range(len(parts.plan.stages)):
+            one = _stage(parts, i, model, weights)
+            # of what one process takes: the weights it began with, gradients and moments are spread, the batch divided
+            batch = max(one.peak_mib * MIB - held - 3 * weights, 0.0)
+            peak = held - weights + spread[_spread(engine.name)] + batch / model.gpus
+            told.append(one if model.gpus == 1 else replace(one, peak_mib=peak / MIB))
+        checkpoint = 3 * weights + (weights if config.optim.ema else 0)
         kept = config.checkpoint.keep + len(told) + _milestones(config, told)
         # after the last stage the student is tested twice
         tested = 2 * told[-1].validation_s * parts.manifest.splits.get("test", 0) / max(_judged(parts), 1)
-        notes = _notes(config, parts)
+        cache, fill = _cache(config, parts, told)
         return Forecast(
             told, opened + sum(s.seconds for s in told) + tested, max(s.peak_mib for s in told), _device(engine),
-            model.gpus, checkpoint / MIB, kept * checkpoint / MIB, _shards_bytes(config, parts.manifest) / MIB,
-            _cache_bytes(config, parts) / MIB, _free(folder) / MIB, notes,
+            model.gpus, {name: size / MIB for name, size in spread.items()}, checkpoint / MIB,
+            checkpoint / _disk(_there(folder)), kept * checkpoint / MIB, _shards_bytes(config, parts.manifest) / MIB,
+            cache / MIB, fill / model.gpus, shutil.disk_usage(_there(folder)).free / MIB,
+            [*notes, *_notes(config, parts)],
         )  # fmt: skip
     finally:
         engine.finish()
@@ -134,10 +144,18 @@ def show(forecast: Forecast) -> list[Table | str]:
             f"{s.images_per_s:,.0f}", f"{s.validation_s:.1f} s", runfolder.span(s.seconds), f"{s.peak_mib:,.0f} MiB",
         )  # fmt: skip
     cache = f", teacher's answers {f.cache_mib:,.0f} MiB" if f.cache_mib else ""
+    states = ", ".join(f"{name} {size:,.0f}" for name, size in f.states_mib.items())
     lines = [
         f"{runfolder.span(f.seconds)} in all at most, {f.peak_mib:,.0f} MiB of memory a process",
         f"disk: shards {f.shards_mib:,.0f} MiB, checkpoints {f.checkpoints_mib:,.0f} MiB ({f.checkpoint_mib:,.1f} each)"
         f"{cache}; {f.free_mib / 1024:,.1f} GiB are free there",
+        f"a checkpoint is written in {f.checkpoint_s:.1f} s, beside the training",
+        *(
+            [f"the teacher's cache is filled ahead in {runfolder.span(f.cache_s)} (irkd teach)"]
+            if f.cache_s
+            else []
+        ),
+        *([f"weights, gradients and moments of a process, MiB by engine: {states}"] if f.gpus > 1 else []),
         *f.notes,
     ]
     return [table, *lines]
@@ -159,7 +177,7 @@ def _stage(parts: Parts, number: int, model: Model, gradient: float) -> StageFor
     start = time.perf_counter() - began
     parts.module.train()
     with train, held_out:
-        times, rows = list[float](), 0
+        times, rows, batch = list[float](), 0, None
         last = time.perf_counter()
         for at, batch in enumerate(itertools.islice(train.steps(0), WARM + MEASURED)):
             count = parts.micro_batches(number)
@@ -171,6 +189,7 @@ def _stage(parts: Parts, number: int, model: Model, gradient: float) -> StageFor
         used = times[WARM:] or times
         # batches of an epoch differ in resolution under multiscale, else alike: the mean counts
         alone = statistics.mean(used) if planned.multiscale else statistics.median(used)
+        teacher = _teacher_s(parts, batch)
         validation = _validation(parts, held_out)
         steps = train.steps_per_epoch
         peak = _peak(engine)
@@ -179,8 +198,26 @@ def _stage(parts: Parts, number: int, model: Model, gradient: float) -> StageFor
     seconds = start + planned.epochs * steps * step_s + judged * validation / model.gpus
     return StageForecast(
         planned.resolution, planned.epochs, planned.epochs * steps, planned.batch, step_s, validation, start, seconds,
-        peak / MIB, rows / step_s,
+        peak / MIB, rows / step_s, teacher,
     )  # fmt: skip
+
+
+def _teacher_s(parts: Parts, batches: list[Batch] | None) -> float:
+    """Seconds that the teacher takes for a process's part of a step; with its maps where they are learned from."""
+    if parts.teacher is None or not batches:
+        return 0.0
+    loss, times = parts.config.loss, list[float]()
+    for _ in range(3):
+        began = time.perf_counter()
+        for each in batches:
+            taught = step.arguments(
+                parts.teacher, loss.saliency, each, loss.kd.alpha, loss.saliency.gamma, step=0
+            )[3]
+            for tensor in (taught.logits, *(taught.maps or ())):
+                if tensor is not None:
+                    tensor.sum().item()  # waits for the device
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 def _validation(parts: Parts, loader: Any) -> float:
@@ -203,19 +240,73 @@ def _milestones(config: Config, stages: list[StageForecast]) -> int:
     return 0 if every is None else sum(s.epochs for s in stages) // every
 
 
-def _cache_bytes(config: Config, parts: Parts) -> float:
-    """What the teacher's answers take: logits and, with saliency, maps of each sample, draw and stage; fp32."""
+def _cache(config: Config, parts: Parts, stages: list[StageForecast]) -> tuple[float, float]:
+    """Bytes of the teacher's answers and seconds to fill them: each sample, draw and stage; logits and maps in fp32."""
     if config.teacher is None or config.teacher.cache.folder is None or parts.teacher is None:
-        return 0.0
+        return 0.0, 0.0
     samples = min(config.data.subset or 2**62, parts.manifest.splits["train"])
     width = {"exact": 4.0, "compact": 1.5}[config.teacher.cache.storage]
-    patch, total = models.patch_size(parts.teacher.model) or 8, 0.0
-    for stage in parts.plan.stages:
+    patch, size, seconds = models.patch_size(parts.teacher.model) or 8, 0.0, 0.0
+    for stage, told in zip(parts.plan.stages, stages, strict=True):
         draws = min(config.augment.draws or stage.epochs, stage.epochs)
         side = parts.manifest.largest if build.full_view(config) else stage.resolution
         maps = len(parts.taps) * max(side // patch, 1) ** 2 if config.loss.saliency.gamma else 0
-        total += samples * draws * (width * (len(parts.manifest.classes) + maps) + 16)  # id and checksum
-    return total
+        size += samples * draws * (width * (len(parts.manifest.classes) + maps) + 16)  # id and checksum
+        seconds += samples * draws / told.batch * told.teacher_s
+    return size, seconds
+
+
+def _states(config: Config, parts: Parts, weights: float, n: int) -> dict[str, float]:
+    """Bytes of a process by engine; without those that cannot run this configuration."""
+    loss = config.loss.saliency
+    second_order = loss.gamma > 0 and methods.inner_gradient(loss.method)
+    whole = plan_model.gathered(parts.student, weights, second_order)
+    ema = config.optim.ema is not None
+    return {
+        name: plan_model.states(name, weights, n, ema, whole)
+        for name in plan_model.SPREADS
+        if not (second_order and name == "zero3") or name == _spread(parts.engine.name)
+    }
+
+
+def _spread(engine: str) -> Spread:
+    return "ddp" if engine == "zero0" else cast(Spread, engine)
+
+
+def _with_teacher(config: Config, file: Path | None, folder: Path) -> tuple[Config, list[str]]:
+    """The configuration with a network of random weights (kept in `folder`) for a teacher that is not trained yet."""
+    spec = config.teacher
+    if spec is None or spec.run is None or file is None or Path(spec.run).exists():
+        return config, []
+    found = _training_of(Path(spec.run), configuration.find(file))
+    if found is None:
+        return config, []  # the run's own error says what is missing
+    source, theirs = found
+    manifest = shards.load_manifest(Path(config.data.shards))
+    student = replace(theirs.student, weights=None, pretrained=False)
+    network, arguments, _ = configured.create_student(replace(theirs, student=student), len(manifest.classes))
+    weights = folder / "teacher.safetensors"
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, weights)
+    own = Network(
+        theirs.student.name, theirs.student.patch, image_size=arguments["image_size"],
+        distilled=arguments["distilled"], options=theirs.student.options, weights=str(weights),
+    )  # fmt: skip
+    teacher = replace(spec, run=None, model=own, schedule="final", mean=manifest.mean, std=manifest.std)
+    curriculum = config.curriculum
+    if curriculum is not None:
+        curriculum = replace(curriculum, stages=[replace(s, teacher=None) for s in curriculum.stages])
+    note = f"{spec.run} is not there yet: its network is taken from {source}, with random weights"
+    return replace(config, teacher=teacher, curriculum=curriculum), [note]
+
+
+def _training_of(run: Path, file: Path) -> tuple[Path, Config] | None:
+    """The configuration beside `file` whose run folder that is."""
+    for other in sorted(file.parent.glob("*.yaml")):
+        with contextlib.suppress(UserError):  # a study's, a sweep's
+            theirs = configuration.load(other)
+            if configuration.folder_of(theirs) == run:
+                return other, theirs
+    return None
 
 
 def _shards_bytes(config: Config, manifest: shards.Manifest) -> float:
@@ -223,9 +314,21 @@ def _shards_bytes(config: Config, manifest: shards.Manifest) -> float:
     return float(sum(sizes))
 
 
-def _free(folder: Path) -> int:
-    there = next(f for f in [folder, *folder.absolute().parents] if f.is_dir())
-    return shutil.disk_usage(there).free
+def _there(folder: Path) -> Path:
+    """The folder that is there already, on whose disk this one will be."""
+    return next(f for f in [folder, *folder.absolute().parents] if f.is_dir())
+
+
+def _disk(folder: Path) -> float:
+    """Bytes a second that are written and synced there, by a file without a name; infinite where none may be."""
+    data, began = bytes(16 * MIB), time.perf_counter()
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(data)
+            os.fsync(file.fileno())
+    except OSError:
+        return math.inf
+    return len(data) / (time.perf_counter() - began)
 
 
 def _notes(config: Config, parts: Parts) -> list[str]:
@@ -245,6 +348,13 @@ def _device(engine: Engine) -> str:
     if engine.device.type == "cuda":
         return torch.cuda.get_device_name(engine.device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _held(engine: Engine) -> float:
+    """Bytes in use now: on the device where there is one, else of the process."""
+    if engine.device.type == "cuda":
+        return float(torch.cuda.memory_allocated(engine.device))
+    return float(psutil.Process().memory_info().rss)
 
 
 def _forget_peak(engine: Engine) -> None:

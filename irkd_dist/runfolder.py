@@ -79,6 +79,13 @@ def run_of(path: Path) -> Path:
     return folder if (folder / CONFIG).is_file() else path
 
 
+def check_trained(path: Path) -> None:
+    """Raise UserError where a path is neither a run folder with checkpoints nor a checkpoint."""
+    if not (path / STATE).is_file() and not (path / CHECKPOINTS).is_dir():
+        kinds = f"a run folder (with {CHECKPOINTS}/) nor a checkpoint ({STATE})"
+        raise UserError(f"{path} is neither {kinds}")
+
+
 def panel_file(run: Path, stage: int, epoch: int) -> Path:
     """Where the panels of a stage's epoch are kept."""
     return run / PANELS / f"stage-{stage:02d}-epoch-{epoch:03d}.npz"
@@ -176,8 +183,9 @@ def read_config(run: Path) -> dict[str, Any]:
     file = run / CONFIG
     try:
         content = files.read(file)
-    except FileNotFoundError:
-        raise UserError(f"{run} is no run folder: it has no {CONFIG}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        why = f"it has no {CONFIG}" if run.is_dir() else "there is no such folder"
+        raise UserError(f"{run} is no run folder: {why}") from None
     except OSError as error:
         raise unreadable(file, error) from error
     values = plain.parse(content, f"{file} cannot be read")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from irkd_dist import config as configuration
-from irkd_dist import plan
+from irkd_dist import plan, plan_model
 from irkd_dist.eventlog import read_events
 from tests.training.launch import irkd
 
@@ -47,6 +47,46 @@ def test_more_devices_are_the_stated_model() -> None:
     model = plan.Model(gpus=8, bandwidth=1e9, latency=0.0, efficiency=1.0, overlap=0.0)
     assert model.seconds(0.8, 4e6) == pytest.approx(0.1 + 2 * 7 / 8 * 4e-3)
     assert plan.Model(gpus=1).seconds(0.8, 4e6) == 0.8
+
+
+def test_memory_by_engine_is_what_the_papers_count() -> None:
+    """1 GiB of weights on 8 processes: 16 bytes a parameter, divided by stages, and DDP's and DeepSpeed's copies."""
+    gib = 1.0
+    told = {name: plan_model.states(name, gib, 8, False, 0.1) for name in plan_model.SPREADS}
+    expected = {
+        "ddp": 5.0,
+        "zero1": 2 + 3 / 8,
+        "zero2": 1 + 4 / 8,
+        "zero3": 5 / 8 + 0.1,
+        "fsdp2": 4 / 8 + 0.1,
+    }
+    assert told == pytest.approx(expected)
+    assert plan_model.states("zero2", gib, 8, True, 0.0) == pytest.approx(2.5)
+    assert plan_model.states("fsdp2", gib, 8, True, 0.0) == pytest.approx(5 / 8)
+
+
+def test_a_teacher_that_is_not_trained_yet(file: Path, shapes: Path) -> None:
+    """Its network comes from the configuration beside, whose run folder it is."""
+    (file.parent / "big.yaml").write_text(
+        f"data: {{shards: {shapes}}}\nstudent: {{options: {{embed_dim: 64, depth: 3, num_heads: 2}}}}\n"
+        f"fixed: {{resolution: 16, epochs: 1}}\nout: {file.parent / 'o'}\n"
+    )
+    taught = [
+        f"teacher={{run: {file.parent / 'o' / 'big-seed0'}}}",
+        "loss.kd.alpha=1",
+        "loss.saliency.gamma=0.8",
+    ]
+    taught.append(f"teacher.cache.folder={file.parent / 'cache'}")
+    forecast = plan.plan(configuration.load(file, taught), file=file)
+    assert any("big-seed0 is not there yet: its network is taken from" in note for note in forecast.notes)
+    assert all(s.teacher_s > 0 for s in forecast.stages)
+    # 110 samples, each epoch a draw: 2 of 2 x 2 and 3 of 4 x 4 patches, at 2 taps; 10 logits, id and checksum
+    values = 2 * (10 + 2 * 4) + 3 * (10 + 2 * 16)
+    assert forecast.cache_mib * 2**20 == 110 * (4 * values + 16 * 5)
+    assert 0 < forecast.cache_s < forecast.seconds
+    assert 0 < forecast.checkpoint_s < 60
+    assert not (file.parent / "o").exists()
+    assert not (file.parent / "cache").exists()
 
 
 def test_the_command(file: Path) -> None:

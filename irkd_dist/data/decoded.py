@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,10 @@ import torch
 from torch import Tensor
 
 from irkd_dist.data import memory, sampler
-from irkd_dist.data.shards import Encoding, Manifest, Split, decode, open_split
+from irkd_dist.data.pixels import decode, sound
+from irkd_dist.data.remote import Url
+from irkd_dist.data.shards import Encoding, Manifest, Split, open_split
+from irkd_dist.data.shared import Node, Region
 from irkd_dist.errors import UserError
 
 Cache = Literal["none", "ram", "device"]
@@ -22,13 +27,18 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Dataset:
-    """Which samples are read: a split of a folder of shards, or `subset` of its samples."""
+    """Which samples are read: a split of a folder of shards, or `subset` of its samples.
 
-    folder: Path
+    order, block: of an epoch that is trained on, see `sampler.order` and `sampler.shard_order`.
+    """
+
+    folder: Path | Url
     manifest: Manifest
     split: str
     subset: int | None = None
     verify: Literal["checksum", "size"] = "checksum"
+    order: Literal["exact", "shard"] = "exact"
+    block: int = 8
 
     def open(self, resolution: int) -> Split:
         """The split's shards at a stored resolution; raises UserError as `shards.open_split` does."""
@@ -42,6 +52,7 @@ class Work:
     cache: Cache = "ram"
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
     workers: int = 2
+    node: Node | None = None  # with whom decoded images in RAM are shared
 
 
 def balanced_subset(labels: np.ndarray, count: int) -> np.ndarray:
@@ -62,10 +73,14 @@ def balanced_subset(labels: np.ndarray, count: int) -> np.ndarray:
 class Images:
     """Decoded images of a data set at a stored size: take(rows) gives uint8 (n, 3, size, size) on the device.
 
-    Threads may take at once: the rows of different steps differ, and a row filled twice gets the same pixels.
+    Threads and processes may take at once: a row filled twice gets the same pixels. Images in RAM are one copy for the
+    processes of a node, each of which fills what it is the first to take.
 
-    kept: where decoded images stay, as it was decided; note: why that is not what was asked for.
+    kept: where decoded images stay, as it was decided; note: why that is not what was asked for. by_shard: how many
+    rows are in each shard, which they follow.
     """
+
+    _region: Region | None = None
 
     def __init__(self, data: Dataset, size: int, work: Work) -> None:
         """Raises UserError as `Dataset.open` does; with cache "device" also for an image that cannot be read."""
@@ -80,10 +95,14 @@ class Images:
             everything = np.arange(len(labels))
             self.ids = everything if data.subset is None else balanced_subset(labels, data.subset)
             self.labels = labels[self.ids]
+            self.by_shard = np.bincount(self._split.shard[self.ids], minlength=1)
             self._filled = np.zeros(len(self.ids), dtype=bool)
+            self._sound = np.full(len(labels), -1)  # checksums of images that were found so
             self.note: str | None = None
-            self.kept = self._decide(work.cache)
-            if self.kept != "none":
+            self.kept = self._decide(work.cache, work.node, f"{data!r} at {size} px")
+            if self._region is not None:
+                self._cache = self._in_region(self._region)
+            elif self.kept != "none":
                 place = work.device if self.kept == "device" else "cpu"
                 self._cache = torch.empty(len(self.ids), *self._shape, dtype=torch.uint8, device=place)
                 if self.kept == "device":
@@ -99,10 +118,25 @@ class Images:
             return 0
         return int(np.count_nonzero(~self._filled)) * self._shape.numel()
 
+    @property
+    def shared(self) -> bool:
+        """Whether the images are one copy for all processes of the node."""
+        return self._region is not None
+
+    def expect(self, at_once: int, sources: int = 1) -> str | None:
+        """Prepare for reads out of so many shards at once, as one of so many sources; a note, where that is slow."""
+        return self._split.expect(at_once, sources)
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Have the shards of these rows come, in their order, where they are not on this machine or decoded."""
+        self._split.prefetch(self.ids[rows if self._cache is None else rows[~self._filled[rows]]])
+
     def close(self) -> None:
         """Close the files and let the images go."""
         self._split.close()
         self._cache = None
+        if self._region is not None:
+            self._region.close()
 
     def take(self, rows: np.ndarray) -> Tensor:
         """The images of some rows."""
@@ -112,8 +146,8 @@ class Images:
         self._fill(cache, rows)
         return self._put(cache.index_select(0, torch.from_numpy(rows).to(cache.device)))
 
-    def _decide(self, wanted: Cache) -> Cache:
-        """Where decoded images are kept; over the epochs that is nearly all of them, in every process."""
+    def _decide(self, wanted: Cache, node: Node | None, what: str) -> Cache:
+        """Where decoded images are kept; over the epochs that is nearly all of them."""
         size = len(self.ids) * self._shape.numel()
         if wanted == "device" and self._device.type == "cuda":
             if size <= memory.DEVICE * (left := memory.left_on(self._device)):
@@ -122,6 +156,8 @@ class Images:
                 f"{wanted}: they take {size / GIB:.2f} GiB of {left / GIB:.2f} left on it", "in RAM instead"
             )
             wanted = "ram"
+        if wanted == "ram" and node is not None:
+            return self._decide_shared(node, what, size)
         if wanted != "none" and not memory.promise(self, size):
             left = memory.left()
             self._say(
@@ -129,6 +165,22 @@ class Images:
             )
             return "none"
         return wanted
+
+    def _decide_shared(self, node: Node, what: str, size: int) -> Cache:
+        """The first process of a node decides for all; a byte an image says whether it is there."""
+        name = hashlib.sha256(what.encode()).hexdigest()[:16]
+        left = memory.left(shared=True)
+        self._region = node.region(name, size + len(self.ids), may=size <= memory.RAM * left)
+        if self._region is None:
+            self._say(f"ram: they take {size / GIB:.2f} GiB of {left / GIB:.2f} left a node", "not at all")
+            return "none"
+        memory.note(self)
+        return "ram"
+
+    def _in_region(self, region: Region) -> Tensor:
+        n, pixels = len(self.ids), len(self.ids) * self._shape.numel()
+        self._filled = np.frombuffer(region.bytes, bool, n, offset=pixels)
+        return torch.frombuffer(region.bytes, dtype=torch.uint8, count=pixels).view(n, *self._shape)
 
     def _say(self, why: str, instead: str) -> None:
         self.note = f"{self._name} at {self.size} px: decoded images are kept {instead}, not data.cache={why}"
@@ -148,15 +200,19 @@ class Images:
 
     def _decode(self, rows: np.ndarray) -> Tensor:
         ids = self.ids[rows].tolist()
-        images = [self._decode_one(i) for i in ids]
+        images = [self._decode_one(i, data) for i, data in zip(ids, self._split.images(ids), strict=True)]
         for i, image in zip(ids, images, strict=True):
             if image.shape != self._shape:
                 raise self._unreadable(i, f"its shape is {tuple(image.shape)}, not {tuple(self._shape)}")
         return torch.stack(images)
 
-    def _decode_one(self, i: int) -> Tensor:
+    def _decode_one(self, i: int, data: bytes) -> Tensor:
+        # looked through once, and again only when the bytes are others: a fifth of the time at 32 px
+        checksum = zlib.crc32(data)
+        if self._sound[i] != checksum and sound(data, self._encoding):
+            self._sound[i] = checksum
         try:
-            return decode(self._split.image(i), self._encoding)
+            return decode(data, self._encoding, bool(self._sound[i] == checksum))
         except ValueError as error:
             raise self._unreadable(i, str(error)) from error
 

@@ -31,6 +31,11 @@ class Promised(Protocol):
         """Bytes promised and not yet in use."""
         ...
 
+    @property
+    def shared(self) -> bool:
+        """Whether they are one and the same for all processes of the node."""
+        ...
+
 
 _promised: weakref.WeakSet[Promised] = weakref.WeakSet()
 
@@ -39,18 +44,26 @@ def promise(owner: Promised, size: int) -> bool:
     """Promise `size` bytes of RAM to an owner, if there is room; it holds until the owner is gone or filled."""
     if size > RAM * left():
         return False
-    _promised.add(owner)
+    note(owner)
     return True
 
 
-def left() -> int:
+def note(owner: Promised) -> None:
+    """Count what an owner was promised elsewhere."""
+    _promised.add(owner)
+
+
+def left(shared: bool = False) -> int:
     """Bytes of RAM that this process may still count on: its part of the node's, less what it has promised.
 
-    The processes of a node (LOCAL_WORLD_SIZE) are taken to want the same.
+    The processes of a node (LOCAL_WORLD_SIZE) are taken to want the same. `shared`: bytes that the processes of the
+    node may still count on for what they have in common.
     """
     node = min([psutil.virtual_memory().available, *in_cgroups()])
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(node // processes - sum(owner.unfilled for owner in _promised), 0)
+    common = sum(owner.unfilled for owner in _promised if owner.shared)
+    own = sum(owner.unfilled for owner in _promised if not owner.shared)
+    return max(node - common - processes * own if shared else (node - common) // processes - own, 0)
 
 
 def left_on(device: torch.device) -> int:

@@ -37,18 +37,31 @@ def encode(pixels: np.ndarray, encoding: Encoding) -> bytes:
     return buffer.getvalue()
 
 
-def decode(data: bytes, encoding: Encoding) -> torch.Tensor:
+def sound(data: bytes, encoding: Encoding) -> bool:
+    """Whether `decode` may trust an image to torchvision."""
+    match encoding:
+        case "npy":
+            return True
+        case "png":
+            return plain_png(data)
+        case "jpg":
+            return _modest_jpeg(data)
+        case "webp":
+            return _modest_webp(data)
+
+
+def decode(data: bytes, encoding: Encoding, is_sound: bool | None = None) -> torch.Tensor:
     """Decode one stored image to a uint8 tensor (3, H, W), RGB. Raises ValueError when it cannot be.
 
     torchvision's PNG decoder ends the process on nearly any damage (libpng's errors jump over C++), so it only gets
-    streams that were found whole. Pillow has what is left: slower, and safe.
+    streams that were found whole. Pillow has what is left: slower, and safe. is_sound: what `sound` says, if known.
     """
     import torch
     from torchvision.io import ImageReadMode, decode_image
 
     if encoding == "npy":
         return _decode_npy(data)
-    if not {"png": plain_png, "jpg": _modest_jpeg, "webp": _modest_webp}[encoding](data):
+    if not (sound(data, encoding) if is_sound is None else is_sound):
         return _decode_by_pillow(data, encoding)
     try:
         # bytearray: a tensor over read-only bytes makes torch warn

@@ -88,6 +88,29 @@ class Distiller(nn.Module):
             Scalars: `total` to differentiate, the detached terms `ce`, `kd`, `saliency`, `features` where they are
             computed, `correct` (samples right) and `flat` (maps without a shape).
         """
+        terms, counts = self.terms(images, target, weight, targets, alpha, gamma, saliency_scale, beta)
+        ce_weight, kd_weight, saliency_weight = losses.term_weights(self.objective.form, alpha, gamma)
+        total = ce_weight * terms["ce"]
+        if "kd" in terms:
+            total = total + kd_weight * terms["kd"]
+        if "saliency" in terms:
+            total = total + saliency_weight * terms["saliency"]
+        if "features" in terms:
+            total = total + beta * terms["features"]
+        return {name: term.detach() for name, term in terms.items()} | counts | {"total": total}
+
+    def terms(
+        self,
+        images: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        targets: Targets,
+        alpha: float,
+        gamma: float,
+        saliency_scale: float = 1.0,
+        beta: float = 0.0,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The terms of `forward` before their weights, to differentiate; and the counts `correct` and `flat`."""
         aligned, maps = len(targets.maps[0]) if gamma and targets.maps else 0, []
         theirs_of_features = targets.features if beta and targets.features else []
         wanted, distances = self.objective.feature_taps if theirs_of_features else (), None
@@ -116,12 +139,10 @@ class Distiller(nn.Module):
         logits = models.inference_logits(output)
         class_logits, distilled_logits = output if isinstance(output, tuple) else (output, output)
         distils = alpha > 0 and targets.logits is not None
-        ce_weight, kd_weight, saliency_weight = losses.term_weights(self.objective.form, alpha, gamma)
 
         # without distillation both heads of a distilled student learn from the labels, as inference uses both
-        ce = (weight * losses.cross_entropy(class_logits if distils else logits, target)).sum()
-        total = ce_weight * ce
-        terms = {"ce": ce.detach()}
+        ce = losses.cross_entropy(class_logits if distils else logits, target)
+        terms, counts = {"ce": (weight * ce).sum()}, {}
         if distils:
             assert targets.logits is not None
             if self.objective.kd_kind == "hard":
@@ -130,26 +151,20 @@ class Distiller(nn.Module):
                 per_sample = losses.soft_distillation(
                     distilled_logits, targets.logits, self.objective.temperature
                 )
-            kd = (weight * per_sample).sum()
-            total = total + kd_weight * kd
-            terms["kd"] = kd.detach()
+            terms["kd"] = (weight * per_sample).sum()
         if maps:
             assert targets.maps is not None
             theirs = [
                 saliency.resize_map(m, ours.shape[1:]) for m, ours in zip(targets.maps, maps, strict=True)
             ]
             per_sample, flat = saliency.saliency_loss(maps, theirs, self.objective.normalization)
-            term = saliency_scale * (weight[: len(per_sample)] * per_sample).sum()
-            total = total + saliency_weight * term
-            terms |= {"saliency": term.detach(), "flat": flat}
+            terms["saliency"] = saliency_scale * (weight[: len(per_sample)] * per_sample).sum()
+            counts["flat"] = flat
         if distances is not None:
-            term = (weight * distances).sum()
-            total = total + beta * term
-            terms["features"] = term.detach()
+            terms["features"] = (weight * distances).sum()
         label = target if target.ndim == 1 else target.argmax(dim=1)
-        terms["correct"] = ((logits.argmax(dim=1) == label) & (weight > 0)).sum()
-        terms["total"] = total
-        return terms
+        counts["correct"] = ((logits.argmax(dim=1) == label) & (weight > 0)).sum()
+        return terms, counts
 
 
 def _joined(first: taps.Output, rest: taps.Output) -> taps.Output:

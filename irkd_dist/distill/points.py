@@ -47,7 +47,10 @@ class TapPoint:
 
 def put_taps(model: nn.Module, paths: Iterable[str]) -> dict[str, TapPoint]:
     """Put tap points at module paths into a model, where it has none yet; returns all it has."""
-    points: dict[str, TapPoint] = model.__dict__.setdefault(POINTS, {})
+    points: dict[str, TapPoint] | None = getattr(model, POINTS, None)
+    if points is None:  # asked this way since torch 2.11 cannot compile __dict__'s methods
+        points = {}
+        setattr(model, POINTS, points)
     for path in paths:
         if path not in points:
             module = model.get_submodule(path)

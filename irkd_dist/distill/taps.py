@@ -160,7 +160,7 @@ def feature_gradients(
     """
     if not score.requires_grad:
         raise _missing(paths[0])
-    with context or nullcontext():
+    with nullcontext() if context is None else context:
         gradients = torch.autograd.grad(
             score, features, create_graph=create_graph, retain_graph=create_graph, allow_unused=True
         )

@@ -177,7 +177,7 @@ def _teachers_accuracy(parts: Parts, teacher: Teacher, resolution: int, who: str
     with build.evaluation_loader(
         parts.config, parts.manifest, parts.engine, split, resolution, full
     ) as loader:
-        return metrics.accuracy(parts.engine, _TeacherView(teacher), loader, who, tracker)
+        return metrics.accuracy(parts.engine, TeacherView(teacher), loader, who, tracker)
 
 
 def _shares(parts: Parts, tracker: Tracker) -> list[tuple[float, ...]]:
@@ -284,7 +284,7 @@ def _recorded(folder: Path, facts: dict[str, Any]) -> tuple[list[float], list[tu
     return next((((e["accuracy"]), [(*s,) for s in e.get("shares", nothing)]) for e in told), None)
 
 
-class _TeacherView(torch.nn.Module):
+class TeacherView(torch.nn.Module):
     """The teacher as a model that gives logits, its own normalisation included."""
 
     def __init__(self, teacher: Teacher) -> None:

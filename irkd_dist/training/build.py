@@ -46,7 +46,8 @@ def build(config: Config, engine: Engine) -> Parts:
     Raises:
         UserError: shards, teacher and configuration do not fit together.
     """
-    manifest = shards.load_manifest(Path(config.data.shards))
+    folder = configuration.shards_of(config)
+    manifest = distributed.on_main(engine, lambda: shards.load_manifest(folder))
     stages = configuration.stages(config)
     preflight.check_data(config, manifest)
     notes = preflight.notes(config, engine)
@@ -102,7 +103,7 @@ def build(config: Config, engine: Engine) -> Parts:
     if config.optim.checkpoint_blocks:
         models.checkpoint_blocks(student)
     distiller = Distiller(student, _objective(config, taps, feature_taps), engine.autocast)
-    _compile(config, engine, distiller, teacher, notes)
+    _compile(config, engine, distiller, teacher, second_order, notes)
     groups = optim.parameter_groups(student, config.optim.weight_decay, config.optim.layer_decay)
     # fused: one pass over each tensor, the same arithmetic on every device, and it can leave an update out there
     optimizer = torch.optim.AdamW(
@@ -160,7 +161,9 @@ def train_loader(parts: Parts, stage: StagePlan, carried: Share) -> Loader:
     full = manifest.largest if full_view(config) else None
     augment = configuration.stage_augment(config, configuration.stages(config)[stage.number])
     return Loader(
-        Dataset(Path(data.shards), manifest, "train", data.subset, verify="size"),
+        Dataset(
+            configuration.shards_of(config), manifest, "train", data.subset, "size", data.order, data.order_block
+        ),
         View(stage.resolution, augment, full, manifest.mode),
         scales=stage.multiscale, batch=stage.batch, seed=config.seed, share=carried, work=_work(config, engine),
         least=2 * micro_batches if models.has_batch_norm(parts.student) else 1,
@@ -175,7 +178,7 @@ def evaluation_loader(
     count = config.data.val_subset if split == held_out(manifest) and split != "test" else None
     subset = min(count, manifest.splits[split]) if count is not None else None
     return Loader(
-        Dataset(Path(config.data.shards), manifest, split, subset, verify="size"),
+        Dataset(configuration.shards_of(config), manifest, split, subset, verify="size"),
         View(size, centre_crop=config.data.centre_crop),
         batch=config.data.eval_batch * engine.world, seed=config.seed, share=Share(engine.world, (engine.rank,)),
         work=_work(config, engine),
@@ -183,7 +186,7 @@ def evaluation_loader(
 
 
 def _work(config: Config, engine: Engine) -> Work:
-    return Work(config.data.cache, engine.device, config.data.workers)
+    return Work(config.data.cache, engine.device, config.data.workers, engine.node)
 
 
 def full_view(config: Config) -> bool:
@@ -223,13 +226,18 @@ def config_digest(config: Config) -> str:
 
 
 def _compile(
-    config: Config, engine: Engine, distiller: Distiller, teacher: Teacher | None, notes: list[str]
+    config: Config,
+    engine: Engine,
+    distiller: Distiller,
+    teacher: Teacher | None,
+    inner_gradient: bool,
+    notes: list[str],
 ) -> None:
     if config.compile is False:
         return
     from irkd_dist.distill import compiling
 
-    why = compiling.why_not(engine.device, engine.name)
+    why = compiling.why_not(engine.device, engine.name, inner_gradient)
     if why is not None and config.compile is True:
         raise UserError(f"compile=on, but {why}; use compile=auto or off")
     if why is not None:

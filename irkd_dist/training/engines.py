@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from irkd_dist import config as configuration
 from irkd_dist.config import Config
+from irkd_dist.data.shared import Node
 from irkd_dist.distill.module import Distiller
 from irkd_dist.errors import Passing, UserError
 from irkd_dist.training import optim, virtual
@@ -57,6 +58,9 @@ class Engine:
         self.world: int = accelerator.num_processes
         self.main = self.rank == 0
         self.device = _numbered(accelerator.device)
+        # its processes share decoded images; none on a system without anonymous files
+        meet = self.world > 1 and hasattr(os, "memfd_create")
+        self.node = Node(dist.distributed_c10d._get_default_store()) if meet else None
         self.owns_group = True  # the process group began with this engine, and ends with it
         self.module: nn.Module = nn.Identity()
         self.student: nn.Module = nn.Identity()

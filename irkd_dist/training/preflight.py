@@ -12,6 +12,7 @@ from torch import nn
 from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.data import shards
+from irkd_dist.data.remote import Url
 from irkd_dist.distill import models
 from irkd_dist.distill.measure import TappedModel
 from irkd_dist.distill.module import Targets
@@ -28,7 +29,7 @@ def check_data(config: Config, manifest: shards.Manifest) -> None:
     Raises:
         UserError: a split or a resolution is missing.
     """
-    data = Path(config.data.shards)
+    data = configuration.shards_of(config)
     if "train" not in manifest.splits:
         raise UserError(f"{data} has no train split; it has {', '.join(manifest.splits)}")
     if not {"val", "test"} & set(manifest.splits):
@@ -49,7 +50,7 @@ def check_data(config: Config, manifest: shards.Manifest) -> None:
             )
 
 
-def used_shards(config: Config, manifest: shards.Manifest) -> list[tuple[Path, shards.Shard]]:
+def used_shards(config: Config, manifest: shards.Manifest) -> list[tuple[Path | Url, shards.Shard]]:
     """Each file that a run will read."""
     wanted = {*configuration.resolutions(config)}
     if config.teacher is not None and config.teacher.view == "full":
@@ -57,7 +58,7 @@ def used_shards(config: Config, manifest: shards.Manifest) -> list[tuple[Path, s
     used = {stored for r in wanted if (stored := manifest.stored(r)) is not None}
     if manifest.mode == "crop":
         used = set(manifest.resolutions)
-    folder = Path(config.data.shards)
+    folder = configuration.shards_of(config)
     return [
         (folder / f"r{r}" / shard.name, shard)
         for r in sorted(used)
@@ -69,12 +70,16 @@ def used_shards(config: Config, manifest: shards.Manifest) -> list[tuple[Path, s
 def check_shards(config: Config, engine: Engine, manifest: shards.Manifest) -> None:
     """Compare each file that the run will read with the manifest, in one of the processes.
 
+    What lies behind a URL is compared when it is downloaded.
+
     Raises:
         UserError: on every rank alike; files are missing, truncated or altered, or cannot be read.
     """
     files = used_shards(config, manifest)[engine.rank :: engine.world]
     own = [
-        f"{file} {why}" for file, shard in files if (why := shards.damage(file, shard, config.data.verify))
+        f"{file} {why}"
+        for file, shard in files
+        if isinstance(file, Path) and (why := shards.damage(file, shard, config.data.verify))
     ]
     damaged = [problem for some in distributed.gather(engine, own) for problem in some]
     if damaged:

@@ -20,10 +20,12 @@ from irkd_dist.training import (
     build,
     curriculum,
     distributed,
+    downloads,
     metrics,
     opening,
     optim,
     panels,
+    probing,
     recovery,
     restore,
     saving,
@@ -50,6 +52,7 @@ def train(config: Config, *, owns_process: bool = False, extend: bool = False) -
     with opening.opened(config, owns_process, extend) as run:
         skill, shares = bookends.probe_teacher(run.parts, run.folder, run.tracker, run.position)
         bookends.probe_stages(run.parts, run.tracker, run.position)
+        probing.count_flops(run.parts, run.tracker, run.position)
         while not run.position.finished:  # one turn is one stage
             number = run.position.curriculum.stage
             why = bookends.choose_micro_batches(run.parts, run.folder, number)
@@ -135,6 +138,7 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     parts, engine, tracker, before = run.parts, run.parts.engine, run.tracker, run.position.curriculum
     started, at, resolution = time.perf_counter(), run.position.step, loader.resolution
     answers.end_epoch(parts, tracker, at)
+    downloads.tell(parts, tracker, at)
     tokens = len(loader) * build.tokens_per_image(parts.student, loader.scales)
     judged = distributed.broadcast(  # by rank 0's clock
         engine,
@@ -156,7 +160,7 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
         epoch=run.position.epoch + 1, stage_epoch=before.epoch + 1, split=build.held_out(parts.manifest),
         accuracy=accuracy, best=decision.best, train_accuracy=means.pop("accuracy", None), train=means,
         data_wait_s=means.pop("wait_s"), images=images, seconds=seconds,
-        **({} if raw is None else {"accuracy_raw": raw}),
+        **({} if raw is None else {"accuracy_raw": raw}), **run.energy(),
     )  # fmt: skip
     if accuracy is not None:
         tracker.metrics(at, {"val/accuracy": accuracy, "val/resolution": resolution})
@@ -169,6 +173,10 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     if before.epoch == 0 or decision.action != "continue":
         picture = panels.save(parts, run.folder, validation, before.stage, before.epoch + 1, resolution)
         tracker.image(at, "val/saliency", picture)
+    if judged and (probed := probing.measure_epoch(parts, validation, resolution)):
+        tracker.event(
+            "probe", at, stage=before.stage, resolution=resolution, epoch=run.position.epoch + 1, **probed
+        )
 
     run.position = run.position.next_epoch(state, decision.action == "finish")
     best = (best_name, state) if decision.best else None

@@ -1,14 +1,19 @@
 """The ledger: what control groups of both versions leave, and what was promised and not yet filled."""
 
+import io
+import os
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 from irkd_dist.data import memory
 from irkd_dist.data.decoded import Dataset, Images, Work
-from tests.data.conftest import CROP_FLIP, assert_same, epoch_of
+from irkd_dist.errors import UserError
+from tests.data.conftest import CROP_FLIP, assert_same, epoch_of, write_shards
 
 MIB = 2**20
 
@@ -63,8 +68,8 @@ def test_what_is_left_here_is_no_more_than_the_host_has(monkeypatch):
 
 
 class Owner:
-    def __init__(self, unfilled: int) -> None:
-        self.unfilled = unfilled
+    def __init__(self, unfilled: int, shared: bool = False) -> None:
+        self.unfilled, self.shared = unfilled, shared
 
 
 @pytest.fixture
@@ -87,6 +92,19 @@ def test_memory_is_promised_once():
     assert memory.left() == 10 * MIB
 
 
+@pytest.mark.usefixtures("ten_mib")
+def test_what_is_shared_counts_once_a_node(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert (memory.left(), memory.left(shared=True)) == (2.5 * MIB, 10 * MIB)
+    common, own = Owner(2 * MIB, shared=True), Owner(MIB)
+    memory.note(common)
+    assert (memory.left(), memory.left(shared=True)) == (2 * MIB, 8 * MIB)
+    assert memory.promise(own, MIB)  # and the three others are taken to have the same
+    assert (memory.left(), memory.left(shared=True)) == (MIB, 4 * MIB)
+    common.unfilled = 0
+    assert memory.left(shared=True) == 6 * MIB
+
+
 def images(data, size: int, **work) -> Images:
     folder, manifest = data
     return Images(Dataset(folder, manifest, "train"), size, Work(**work))
@@ -107,6 +125,35 @@ def test_a_second_set_of_images_does_not_get_what_the_first_was_promised(resized
     first.close()
     assert images(resized, 32, cache="device").kept == "device"  # all read, on a device that is the CPU
     second.close()
+
+
+def test_an_image_whose_bytes_change_after_it_was_decoded_is_looked_through_again(tmp_path):
+    """With size and time as they were: torchvision's decoder would end the process."""
+    data = tmp_path, write_shards(tmp_path, (16,), "resize")
+    opened = images(data, 16, cache="none")
+    first = opened.take(opened.ids)
+    path = tmp_path / "r16" / "train-000000.tar"
+    before, content = path.stat(), bytearray(path.read_bytes())
+    at = content.index(b"IDAT") + 20
+    content[at] ^= 255
+    with path.open("r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(UserError, match="sample 000000000 cannot be read"):
+        opened.take(opened.ids[:1])
+    assert torch.equal(opened.take(opened.ids[1:]), first[1:])
+
+
+def test_an_image_that_only_pillow_may_decode_stays_pillows(tmp_path):
+    """With a palette: that Pillow reads it says nothing of what libpng does with it."""
+    data = tmp_path, write_shards(tmp_path, (16,), "resize")
+    opened = images(data, 16, cache="none")
+    palette = io.BytesIO()
+    Image.new("P", (16, 16)).save(palette, "png")
+    opened._split.image = lambda i: palette.getvalue()  # type: ignore[method-assign]
+    for _ in range(2):
+        opened.take(np.array([0]))
+        assert opened._sound[0] == -1
 
 
 @pytest.mark.parametrize("processes", ["1", str(2**30)])
