@@ -25,7 +25,9 @@ import io
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -160,6 +162,7 @@ def measure(folder: Path, samples: int, repeats: int, workers: list[int]) -> dic
 def summary(measured: dict, samples: int) -> dict:
     result = {
         "benchmark": "loader",
+        "command": shlex.join(["python", "benchmarks/loader.py", *sys.argv[1:]]),
         "samples": samples,
         "batch": BATCH,
         "resolution": SIZE,

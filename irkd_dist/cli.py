@@ -121,6 +121,19 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--slurm", action="store_true", help="on every node of this SLURM allocation")
     doctor.set_defaults(call=_doctor)
 
+    plan = _command(commands, "plan", "time, memory and disk of a run before it starts, from some real steps")
+    plan.add_argument("config", type=Path, help="configuration")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument(
+        "--gpus", type=_at_least_one, default=1, metavar="N", help="devices a node like this one's"
+    )
+    plan.add_argument("--nodes", type=_at_least_one, default=1, metavar="M")
+    plan.add_argument(
+        "--bandwidth", type=float, default=10.0, metavar="GB/s", help="of the slowest link (default: 10)"
+    )
+    plan.add_argument("--json", action="store_true")
+    plan.set_defaults(call=_plan)
+
     what = "train a linear head on a backbone without one; its run folder is a teacher"
     probe = _command(commands, "probe", what)
     probe.add_argument("config", help="YAML file: student (with weights) is the backbone, data the images")
@@ -187,20 +200,13 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--every", type=_seconds, default=30.0, metavar="S", help="with --live: seconds (default 30)"
     )
+    report.add_argument(
+        "--summary",
+        type=Path,
+        metavar="FILE",
+        help="instead of a page what a finished run came to, as JSON to cite",
+    )
     report.set_defaults(call=_report)
-
-    plan = _command(commands, "plan", "time, memory and disk of a run before it starts, from some real steps")
-    plan.add_argument("config", type=Path, help="configuration")
-    plan.add_argument("overrides", nargs="*", metavar="key=value")
-    plan.add_argument(
-        "--gpus", type=_at_least_one, default=1, metavar="N", help="devices a node like this one's"
-    )
-    plan.add_argument("--nodes", type=_at_least_one, default=1, metavar="M")
-    plan.add_argument(
-        "--bandwidth", type=float, default=10.0, metavar="GB/s", help="of the slowest link (default: 10)"
-    )
-    plan.add_argument("--json", action="store_true")
-    plan.set_defaults(call=_plan)
 
     export = _command(
         commands, "export", "a student as a folder for timm, ONNX, torch and the Hugging Face Hub"
@@ -243,7 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.set_defaults(call=_reproduce)
 
     verify = _command(
-        commands, "verify", "check every file of shards, a run or a checkpoint; exit code 1 if one is bad"
+        commands,
+        "verify",
+        "check every file of shards, a run, a checkpoint or a page of results; exit code 1 if one is bad",
     )
     verify.add_argument("path", help="folder of shards, or its URL, run folder or checkpoint")
     verify.set_defaults(call=_verify)
@@ -500,8 +508,15 @@ def _report(arguments: argparse.Namespace) -> int:
     for run in arguments.runs:
         runfolder.read_config(run)
     with _imports():
-        from irkd_dist import report
+        from irkd_dist import evidence, files, report
 
+    if arguments.summary is not None:
+        if len(arguments.runs) > 1:
+            raise UserError("--summary is of one run: name one")
+        values = evidence.summary(arguments.runs[0])
+        files.write(arguments.summary, json.dumps(values, indent=1) + "\n")
+        print(arguments.summary)
+        return 0
     if arguments.live:
         return report.live(arguments.runs, arguments.out, price=arguments.price, every=arguments.every)
     print(report.write(arguments.runs, arguments.out, price=arguments.price))

@@ -108,6 +108,20 @@ class TeacherCache:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One more teacher, whose logits count too: keys as the teacher's."""
+
+    run: Annotated[str | None, PATH] = None  # as teacher.run, and so on below
+    model: Model | None = None  # instead of a run
+    renormalize: bool = (
+        False  # its own mean and std where they differ from the shards'; left out: true for model
+    )
+    mean: tuple[float, float, float] | None = None  # null: what its weights or timm say, else the shards'
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None  # goes with mean
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
 class Teacher:
     """Where the teacher comes from: a run of ours, or any timm model with a weights file."""
 
@@ -129,6 +143,13 @@ class Teacher:
     mean: tuple[float, float, float] | None = None
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None  # goes with mean
     cache: TeacherCache = field(default_factory=TeacherCache)
+    # more teachers, whose logits are averaged with this one's; maps and features are this one's alone
+    ensemble: list[Member] = field(default_factory=list)
+    mix: Literal["probabilities", "logits"] = (
+        "probabilities"  # what is averaged, the former at loss.kd.temperature
+    )
+    # competence: by (validation accuracy - chance) at each stage's resolution; else a share for each, this one's first
+    shares: Literal["equal", "competence"] | list[NonNegativeFloat] = "equal"
     __pydantic_config__ = _strict
 
 
@@ -165,7 +186,7 @@ class Features:
     """Alignment of features through a learned linear projection (FitNets)."""
 
     beta: NonNegativeFloat = 0.0  # weight; 0 is off
-    kind: Literal["cosine", "mse"] = "cosine"
+    kind: Literal["cosine", "mse"] = "cosine"  # distance of a projected feature to the teacher's
     taps: list[Any] = field(default_factory=lambda: ["last"])  # as saliency's; the projections are by pair
     __pydantic_config__ = _strict
 
@@ -265,8 +286,9 @@ class Optim:
     betas: tuple[Beta, Beta] = (0.9, 0.999)  # decay of first and second moments
     eps: PositiveFloat = 1e-8  # AdamW's
     clip: PositiveFloat | None = None  # global gradient norm
-    # micro-batches that each process computes its share of the batch in; the global batch stays
-    accumulate: Annotated[int, Field(gt=0), OPERATIONAL] = 1
+    # micro-batches that each process computes its share of the batch in; the global batch stays. auto: as many in each
+    # stage as its memory asks for, recorded in the run
+    accumulate: Annotated[Annotated[int, Field(gt=0)] | Literal["auto"], OPERATIONAL] = 1
     # steps without a finite loss, since the last checkpoint, after which the run goes back to it (once)
     max_skips: Annotated[int, Field(ge=0), OPERATIONAL] = 10
     # at a stage change: zero moments and a new schedule, both go on, or both go on with a new warm-up
@@ -296,9 +318,10 @@ class Checkpoint:
 class Track:
     """Where metrics go besides events.jsonl."""
 
-    backend: Literal["none", "wandb", "tensorboard"] = "none"  # none: events.jsonl alone
+    # none: events.jsonl alone
+    backend: Literal["none", "wandb", "tensorboard", "mlflow", "trackio"] = "none"
     mode: Literal["online", "offline"] = "offline"  # of W&B; offline needs no account
-    project: str = "irkd"  # W&B's
+    project: str = "irkd"  # at W&B and Trackio; MLflow's experiment
     log_every: Positive = 20  # steps between loss lines
     # images whose saliency panels are kept at the end of each stage
     panels: Annotated[int, Field(ge=0, le=1024)] = 4
@@ -530,6 +553,7 @@ def check(config: Config) -> None:
             )
         if not config.teacher.logits:
             _check_headless(config)
+        _check_ensemble(config, config.teacher)
         cache = config.teacher.cache
         mixed = next((s.multiscale for s in stages(config) if s.multiscale), None)
         if mixed and cache.folder is not None:
@@ -575,7 +599,7 @@ def check(config: Config) -> None:
         raise UserError(
             f"data.virtual_ranks={count}: give a power of two, at most data.batch={config.data.batch}"
         )
-    if count is not None and config.optim.accumulate > 1:
+    if count is not None and config.optim.accumulate != 1:
         raise UserError(
             f"data.virtual_ranks={count} with optim.accumulate={config.optim.accumulate}: virtual ranks are the "
             "micro-batches; raise their number instead, and leave accumulate at 1"
@@ -592,6 +616,31 @@ def check(config: Config) -> None:
     for role, model in patches.items():
         if model.name in PAPER_MODELS and model.patch is not None:
             check_resolutions(config, model.patch, role)
+
+
+def _check_ensemble(config: Config, teacher: Teacher) -> None:
+    """Refuse what several teachers cannot do together."""
+    for i, member in enumerate(teacher.ensemble):
+        if (member.run is None) == (member.model is None):
+            raise UserError(f"teacher.ensemble[{i}] needs either run or model (with weights), and not both")
+    count, shares = 1 + len(teacher.ensemble), teacher.shares
+    if isinstance(shares, list) and (len(shares) != count or not sum(shares)):
+        raise UserError(
+            f"teacher.shares={shares}: give a share for each of {count} teachers, not all of them 0"
+        )
+    if not teacher.ensemble:
+        if shares == "competence":
+            raise UserError("teacher.shares=competence without teacher.ensemble: there is one teacher alone")
+        return
+    wrong = {
+        f"teacher.cache.folder={teacher.cache.folder}": teacher.cache.folder is not None,
+        "teacher.schedule=aligned": teacher.schedule == "aligned",
+        "teacher.shard=true": teacher.shard,
+        "teacher.logits=false": not teacher.logits,
+        "a stage's own teacher": any(s.teacher is not None for s in stages(config)),
+    }
+    if found := next((key for key, is_wrong in wrong.items() if is_wrong), None):
+        raise UserError(f"teacher.ensemble with {found}: leave one of them out")
 
 
 def _check_headless(config: Config) -> None:
@@ -709,8 +758,17 @@ def _with_defaults(values: Any) -> Any:
             **teacher,
             **({"model": _with_patch(own)} if own else {}),
         }
+        if isinstance(members := teacher.get("ensemble"), list):
+            values["teacher"]["ensemble"] = [_member_with_defaults(m) for m in members]
     values["student"] = _with_patch(values.get("student", {}))
     return values
+
+
+def _member_with_defaults(member: Any) -> Any:
+    if not isinstance(member, dict):
+        return member
+    own = member.get("model")
+    return {"renormalize": own is not None, **member, **({"model": _with_patch(own)} if own else {})}
 
 
 def _with_patch(model: Any) -> Any:

@@ -38,6 +38,7 @@ from irkd_dist.training import (
     build,
     distributed,
     engines,
+    micro,
     panels,
     preflight,
     restore,
@@ -371,6 +372,7 @@ def _step(job: Parts, number: int) -> str:
     engine, loss = job.engine, job.config.loss
     _forget_peak(engine)
     restore.load_stage_teacher(job, number)
+    micro.ensure(job, number)
     training, held_out = build.loaders(job, job.plan.stages[number])
     seconds, size = 0.0, 0
     with training, held_out:
@@ -379,7 +381,8 @@ def _step(job: Parts, number: int) -> str:
             _finish(engine)
             start = time.perf_counter()
             # as step 0: one at which saliency is aligned, whatever loss.saliency.every says
-            taken = step.take(job, batches, loss.kd.alpha, loss.saliency.gamma, 0)
+            count = job.micro_batches(number)
+            taken = step.take(job, batches, loss.kd.alpha, loss.saliency.gamma, 0, count)
             _finish(engine)
             if bool(taken.skipped):
                 raise UserError("the gradient is not finite: lower optim.lr, or use precision=fp32")

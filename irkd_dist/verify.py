@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from irkd_dist import runfolder, study_page, verify_runs
+from irkd_dist import evidence, runfolder, study_page, verify_runs
 from irkd_dist.data import index, remote
 from irkd_dist.data import shards as format
 from irkd_dist.data.index import Index
@@ -47,24 +47,22 @@ def verify(path: Path | Url, progress: Progress = lambda done, total: None) -> I
         return iter(verify_runs.checkpoint_folder(path))
     if (path / runfolder.CONFIG).exists() or (path / runfolder.EVENTS).exists():
         return iter(verify_runs.run(path, progress))
-    pages = (
-        [path]
-        if path.suffix == ".md"
-        else sorted(p for p in path.glob("*.md") if p.with_suffix(".json").exists())
-    )
-    if pages:
-        return study_pages(pages)
+    written = [path] if path.suffix == ".md" else sorted(path.glob("*.md"))
+    pages = [p for p in written if p.with_suffix(".json").exists() or evidence.backed(p)]
+    if pages or path.suffix == ".md":
+        return study_pages(pages or written)
     raise UserError(
         f"{path} is no folder of irkd shards ({format.MANIFEST} in it), no run folder ({runfolder.CONFIG}), no "
-        f"checkpoint ({runfolder.STATE}), cache or export, and has no page of a study (.md and .json)"
+        f"checkpoint ({runfolder.STATE}), cache or export, and has no page of a study (.md and .json) or of summaries"
     )
 
 
 def study_pages(pages: list[Path]) -> Iterator[str]:
-    """The figures of studies' pages that are not those of the runs beside them."""
+    """The figures of pages that are not those of the runs (a study's page) or the summaries beside them."""
     for page in pages:
+        of_study = page.with_suffix(".json").exists() or not evidence.backed(page)
         try:
-            yield from study_page.differences(page)
+            yield from study_page.differences(page) if of_study else evidence.problems(page)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
             yield f"{page} cannot be compared with {page.with_suffix('.json').name}: {type(error).__name__}: {error}"
 

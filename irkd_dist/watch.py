@@ -77,8 +77,9 @@ def _live(console: Console, paths: list[Path], every: float, _once: bool) -> Non
     with _keys() as pressed, Live(console=console, auto_refresh=False, screen=False) as live:
         while True:
             runs = _runs(paths)
+            over = all(_over(run) for run in runs)  # before they are shown: what is last is seen too
             live.update(view(runs), refresh=True)
-            if all(_over(run) for run in runs) or pressed(every) == "q":
+            if over or pressed(every) == "q":
                 return
 
 
@@ -86,11 +87,12 @@ def _lines(console: Console, paths: list[Path], every: float, once: bool) -> Non
     said: dict[Path, str] = {}
     while True:
         runs = _runs(paths)
+        over = all(_over(run) for run in runs)
         for run in runs:
             if (text := line(run)) != said.get(run):
                 console.print(text, soft_wrap=True)
                 said[run] = text
-        if once or all(_over(run) for run in runs):
+        if once or over:
             return
         time.sleep(every)
 

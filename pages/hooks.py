@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -24,25 +25,31 @@ FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Replace `results/*` and `notebooks/*` in the navigation by the pages that there are."""
+    """Replace `results/*` and `notebooks/*` in the navigation by the pages that there are; `*` takes all others."""
     docs = Path(config.docs_dir)
     pages = sorted(
         str(p.relative_to(docs).with_suffix(".md")) for p in docs.rglob("*") if p.suffix in (".md", ".ipynb")
     )
-    config.nav = _spread(config.nav, pages)
+    named = yaml.safe_dump(config.nav)
+    others = [p for p in pages if p not in named and not p.startswith(("results/", "notebooks/"))]
+    config.nav = _spread(config.nav, pages, others)
     return config
 
 
-def _spread(nav: Any, pages: list[str]) -> Any:
+def _spread(nav: Any, pages: list[str], others: list[str]) -> Any:
     if isinstance(nav, dict):
-        return {title: _spread(below, pages) for title, below in nav.items()}
+        return {title: _spread(below, pages, others) for title, below in nav.items()}
     if not isinstance(nav, list):
         return nav
-    spread = [
-        [p for p in pages if fnmatch(p, e)] if isinstance(e, str) and "*" in e else [_spread(e, pages)]
-        for e in nav
-    ]
-    return [entry for entries in spread for entry in entries]
+    spread = list[Any]()
+    for entry in nav:
+        if entry == "*":
+            spread += others
+        elif isinstance(entry, str) and "*" in entry:
+            spread += [page for page in pages if fnmatch(page, entry)]
+        else:
+            spread.append(_spread(entry, pages, others))
+    return spread
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -82,7 +82,19 @@ def test_completion_in_a_real_bash() -> None:
 
 def test_help_names_commands_in_the_order_of_use() -> None:
     names = re.findall(r"^    (\w+)", irkd("--help").stdout, re.MULTILINE)
-    order = ["init", "render", "train", "status", "evaluate", "report", "export", "predict"]
+    order = [
+        "demo",
+        "init",
+        "render",
+        "doctor",
+        "plan",
+        "train",
+        "status",
+        "evaluate",
+        "report",
+        "export",
+        "predict",
+    ]
     assert [n for n in names if n in order] == order
 
 

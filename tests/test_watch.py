@@ -34,7 +34,7 @@ def _read_until(terminal: int, words: str, seconds: float = 60.0) -> str:
     while words not in text and time.monotonic() < end:
         ready, _, _ = select.select([terminal], [], [], 0.5)
         try:
-            text += os.read(terminal, 65536).decode() if ready else ""
+            text += os.read(terminal, 65536).decode("utf-8", "replace") if ready else ""
         except OSError:  # the other end is closed
             break
     assert words in text, text

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from irkd_dist.distill import features, losses, methods, models, taps
 from irkd_dist.distill.module import Targets
+
+
+@dataclass
+class Member:
+    """One more teacher, whose logits count too."""
+
+    model: nn.Module
+    renormalize: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -24,6 +32,9 @@ class Teacher:
         autocast: dtype of its forward and inner gradient, None for fp32.
         renormalize: (scale, shift), each (3, 1, 1), from the student's input normalisation to the teacher's own.
         feature_paths: modules whose features are aligned, in the order of the student's.
+        members: more teachers; maps and features are the first one's alone.
+        shares: of each teacher in the mean of their logits, the first one's first; empty for one alone.
+        mix: the temperature at which their probabilities are averaged; None: the logits are.
     """
 
     model: nn.Module
@@ -32,6 +43,9 @@ class Teacher:
     autocast: torch.dtype | None = None
     renormalize: tuple[Tensor, Tensor] | None = None
     feature_paths: tuple[str, ...] = ()
+    members: tuple[Member, ...] = ()
+    shares: tuple[float, ...] = ()
+    mix: float | None = None
 
     def __post_init__(self) -> None:
         methods.load(self.method)
@@ -49,10 +63,41 @@ class Teacher:
         featured = featured and bool(self.feature_paths)
         if not logits and not aligned and not featured:
             return Targets()
+        seen = images
         if self.renormalize is not None:
             scale, shift = self.renormalize
             images = images * scale + shift
-        return self.compute(images, target, aligned, logits, featured)
+        said = self.compute(images, target, aligned, logits, featured)
+        if self.members and said.logits is not None:
+            said.logits = self._mixed(said.logits, seen)
+        return said
+
+    def only(self, number: int) -> Teacher:
+        """One of several teachers for itself, to be measured."""
+        shares = tuple(float(i == number) for i in range(1 + len(self.members)))
+        return replace(self, shares=shares)
+
+    @torch.no_grad()
+    def _mixed(self, first: Tensor, images: Tensor) -> Tensor:
+        """The mean of all teachers' logits, or the logits of the mean of their probabilities at temperature `mix`."""
+        total = sum(self.shares)
+        parts = []
+        for share, member in zip(self.shares, (None, *self.members), strict=True):
+            logits = first
+            if member is not None and share:
+                view = (
+                    images
+                    if member.renormalize is None
+                    else images * member.renormalize[0] + member.renormalize[1]
+                )
+                with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+                    logits = models.inference_logits(member.model(view))
+            if share:
+                parts.append((share / total, losses.at_least_fp32(logits)))
+        if self.mix is None:
+            return torch.stack([share * logits for share, logits in parts]).sum(0)
+        shifted = [(logits / self.mix).log_softmax(1) + math.log(share) for share, logits in parts]
+        return self.mix * torch.stack(shifted).logsumexp(0)
 
     def answer(
         self, images: Tensor, target: Tensor, aligned: int, logits: bool, featured: bool = False
@@ -104,6 +149,12 @@ def freeze(
     if inner_gradient and torch.device(device).type == "cpu":
         models.without_fused_attention(model)
     return model
+
+
+def competent_shares(accuracies: Sequence[float], classes: int) -> tuple[float, ...]:
+    """Shares of several teachers by how far each is above chance; equal where none is."""
+    above = [max(a - 1.0 / classes, 0.0) for a in accuracies]
+    return tuple(a / sum(above) for a in above) if sum(above) else (1.0 / len(above),) * len(above)
 
 
 def competence(accuracy: float, best: float, classes: int) -> float:

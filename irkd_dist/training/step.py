@@ -36,14 +36,15 @@ class Taken:
     samples: Tensor | int  # of this process's share
 
 
-def take(parts: Parts, batches: list[Batch], alpha: float, gamma: float, step: int) -> Taken:
+def take(parts: Parts, batches: list[Batch], alpha: float, gamma: float, step: int, accumulate: int) -> Taken:
     """Take one step on all ranks, or on none: then weights and moments are as they were.
 
-    batches: this process's share of the global batch; several, if it carries several virtual ranks.
+    batches: this process's share of the global batch; several, if it carries several virtual ranks. accumulate:
+    micro-batches that the share is computed in.
     """
     config, engine, terms = parts.config, parts.engine, []
     mine = torch.zeros((), device=engine.device)
-    pieces = slices(batches, config.data.virtual_ranks, engine, config.optim.accumulate)
+    pieces = slices(batches, config.data.virtual_ranks, engine, accumulate)
     several, buffers = len(batches) > 1, list(parts.student.buffers())
     before = after = _flat(buffers)  # BatchNorm's statistics, which a forward changes
     for i, (rank, part, piece) in enumerate(pieces):

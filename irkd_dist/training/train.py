@@ -50,13 +50,18 @@ def train(config: Config, *, owns_process: bool = False, extend: bool = False) -
         Stopped: a signal asked for it; a checkpoint is written, and the same call goes on from there.
     """
     with opening.opened(config, owns_process, extend) as run:
-        skill = bookends.probe_teacher(run.parts, run.folder, run.tracker, run.position)
+        skill, shares = bookends.probe_teacher(run.parts, run.folder, run.tracker, run.position)
         bookends.probe_stages(run.parts, run.tracker, run.position)
         probing.count_flops(run.parts, run.tracker, run.position)
         while not run.position.finished:  # one turn is one stage
             number = run.position.curriculum.stage
+            why = bookends.choose_micro_batches(run.parts, run.folder, number)
             train_set, held_out = build.loaders(run.parts, run.parts.plan.stages[number])
+            if run.parts.teacher is not None:
+                run.parts.teacher.shares = shares[number]
             stage = _enter(run, train_set, skill[number])
+            if why:
+                run.tracker.say(why)
             bar = run.tracker.stage_bar(f"{train_set.resolution} px", stage.steps, run.position.stage_step)
             with train_set, held_out, bar as update:
                 while run.position.curriculum.stage == number and not run.position.finished:
@@ -77,6 +82,7 @@ class _Stage:
     gamma: float  # weight of saliency
     steps: int  # of the stage, if it does not end early
     run_steps: int  # of the run, likewise
+    accumulate: int  # micro-batches
 
 
 def _train_epoch(run: Run, stage: _Stage, loader: Loader, update: Any) -> bool:
@@ -95,7 +101,7 @@ def _train_epoch(run: Run, stage: _Stage, loader: Loader, update: Any) -> bool:
         optim.set_lr(parts.optimizer, lr)
         flags = []
         if at not in left_out:
-            taken = step.take(parts, batches, stage.alpha, stage.gamma, at)
+            taken = step.take(parts, batches, stage.alpha, stage.gamma, at, stage.accumulate)
             sums += metrics.row(taken, loader.wait_s - waited)
             waited = loader.wait_s
             run.remember(at, batches)
@@ -168,9 +174,9 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
         picture = panels.save(parts, run.folder, validation, before.stage, before.epoch + 1, resolution)
         tracker.image(at, "val/saliency", picture)
     if judged and (probed := probing.measure_epoch(parts, validation, resolution)):
-        tracker.event(
-            "probe", at, stage=before.stage, resolution=resolution, epoch=run.position.epoch + 1, **probed
-        )
+        epoch = run.position.epoch + 1
+        tracker.event("probe", at, stage=before.stage, resolution=resolution, epoch=epoch, **probed)
+        tracker.metrics(at, probing.named(probed))
 
     run.position = run.position.next_epoch(state, decision.action == "finish")
     best = (best_name, state) if decision.best else None
@@ -220,6 +226,7 @@ def _enter(run: Run, loader: Loader, skill: float) -> _Stage:
         run_steps=sum(
             s.epochs * sampler.steps_per_epoch(len(loader), s.batch, loader.least) for s in parts.plan.stages
         ),
+        accumulate=parts.micro_batches(number),
     )
     restore.load_stage_teacher(parts, number)
     config, spec = parts.config, configuration.stages(parts.config)[number]
@@ -239,6 +246,7 @@ def _enter(run: Run, loader: Loader, skill: float) -> _Stage:
         {
             "step": position.step, "stage": number, "scales": loader.scales, "batch": loader.batch, "lr": lr,
             "policy": parts.plan.policy, "moments": bool(engine.optimizer.state), "teacher": planned.teacher,
+            "micro_batches": parts.micro_batches(number),
             "data": parts.identity["data_digest"], "config": build.config_digest(parts.config),
             "weights": restore.weights_digest(parts.student)[:16] if engine.replicated else None,
             "precision": str(engine.autocast), "threads": torch.get_num_threads(), "torch": torch.__version__,
@@ -250,7 +258,7 @@ def _enter(run: Run, loader: Loader, skill: float) -> _Stage:
     run.tracker.event(
         "stage", position.step, stage=number, resolution=planned.resolution, epochs=planned.epochs,
         multiscale=planned.multiscale, steps_per_epoch=loader.steps_per_epoch, batch=loader.batch,
-        alpha=stage.alpha, gamma=stage.gamma, lr=lr,
+        alpha=stage.alpha, gamma=stage.gamma, lr=lr, accumulate=stage.accumulate, processes=engine.world,
         policy=parts.plan.policy, seconds=round(now - started, 4), agreement_s=round(now - agreeing, 4),
     )  # fmt: skip
     if engine.world > 1:
