@@ -1,6 +1,7 @@
 # make demo: the whole job on synthetic images; make test: every test but those of clusters; make cluster: those, on a
 # real SLURM (Debian: slurm-wlm munge shellcheck) and with the real wandb agent; make chaos: faults, on and on; make lint;
-# make fuzz: damaged input to every reader; make lock, lowest, sbom, dist: see docs/development.md
+# make fuzz: damaged input to every reader; make docs: the site, in site/; make lock, lowest, sbom, dist: see
+# docs/development.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ STAMP := $(VENV)/.installed
 # LOCKED=1: the exact versions of requirements.lock, each file by its hash; else the newest that pyproject.toml allows
 LOCKED ?=
 
-.PHONY: demo cifar10 test cluster chaos fuzz lint format lock lowest sbom dist clean env
+.PHONY: demo large cifar10 test cluster chaos fuzz docs lint format lock lowest sbom dist clean env
 env: $(STAMP)
 
 $(STAMP): pyproject.toml requirements.lock
@@ -17,11 +18,15 @@ $(STAMP): pyproject.toml requirements.lock
 		|| { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(if $(LOCKED),$(BIN)/pip install --quiet --require-hashes -r requirements.lock)
-	$(BIN)/pip install --quiet $(if $(LOCKED),--no-deps) --editable '.[all,dev]'
+	$(BIN)/pip install --quiet $(if $(LOCKED),--no-deps) --editable '.[all,dev,docs]'
 	@touch $@
 
 demo: $(STAMP)
 	$(BIN)/irkd demo
+
+# shards behind an S3 server: two processes, killed, and three; for a new start remove runs/large
+large: $(STAMP)
+	$(BIN)/python -m benchmarks.large
 
 # teacher, student, measurements and page on CIFAR-10; each step goes on where it stopped. CIFAR10: a folder with the
 # Hugging Face parquet files; without it the original archive is fetched
@@ -54,6 +59,11 @@ MINUTES ?= 60
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz.driver --minutes $(MINUTES) --out runs/fuzz
 
+# opened without a server or a network: site/index.html
+docs: $(STAMP)
+	$(BIN)/python pages/reference.py
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,7 +81,7 @@ $(TOOLS)/.installed:
 	@touch $@
 
 # for every platform and Python that pyproject.toml allows, told apart by markers
-COMPILE = $(TOOLS)/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --extra all --extra dev \
+COMPILE = $(TOOLS)/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --extra all --extra dev --extra docs \
 	--quiet --no-header --no-annotate --no-emit-index-url --no-emit-find-links
 lock: $(TOOLS)/.installed
 	$(COMPILE) --upgrade --generate-hashes --output-file requirements.lock
@@ -96,4 +106,4 @@ dist: $(TOOLS)/.installed
 	$(TOOLS)/bin/twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) $(TOOLS) $(LOWEST) dist sbom.json .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TOOLS) $(LOWEST) dist site sbom.json .pytest_cache .ruff_cache

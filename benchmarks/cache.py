@@ -67,7 +67,7 @@ def measure(spec: config.Config, steps: int) -> tuple[float, float]:
             for i, batches in enumerate(
                 answers.steps(parts, train_set, position, loss.kd.alpha, loss.saliency.gamma)
             ):
-                step.take(parts, batches, loss.kd.alpha, loss.saliency.gamma, i)
+                step.take(parts, batches, loss.kd.alpha, loss.saliency.gamma, i, 1)
                 if i == 0:
                     began = time.perf_counter()
                     answers.counted(parts, 1.0)

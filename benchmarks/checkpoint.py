@@ -40,7 +40,7 @@ def costs(model: str, rounds: int, folder: Path) -> dict[str, object]:
     student = models.create_model(model, classes=10, patch=4, image_size=32)
     optimizer = torch.optim.AdamW(optim.parameter_groups(student, 1e-4), fused=True)
     engine = engines.Engine(accelerator, None)
-    module = engine.prepare(Distiller(student, Objective()), optimizer, None, 1)
+    module = engine.prepare(Distiller(student, Objective()), optimizer, None)
     images = torch.randn(8, 3, 32, 32, device=engine.device)
     labels = torch.zeros(8, dtype=torch.long, device=engine.device)
     from irkd_dist.distill.module import Targets

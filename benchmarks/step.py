@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,37 @@ VARIANTS = ("timm", *PEERS, *OURS)
 TEMPERATURE = 4.0
 
 
-def make_step(
-    variant: str, arguments: argparse.Namespace, resolution: int, device: torch.device
-) -> Callable[[], float]:
-    """One training step of a variant, as a function that returns its loss."""
+@dataclass(frozen=True)
+class Setting:
+    """What all variants of a comparison share."""
+
+    batch: int = 128
+    student: str = "vit_tiny"
+    teacher: str = "vit_small"
+    patch: int = 4
+    image_size: int = 32  # that the models are made for
+    options: dict[str, Any] = field(default_factory=dict)  # more of both models, for timm
+    backend: str = "inductor"  # of torch.compile
+
+
+Step = Callable[[], torch.Tensor]  # takes a training step; returns its loss, on the device
+
+
+def make_step(variant: str, setting: Setting, resolution: int, device: torch.device) -> Step:
+    """One training step of a variant."""
     torch.manual_seed(0)
     autocast = autocast_dtype("auto", device)
-    options: dict[str, Any] = {"classes": 10, "patch": 4, "image_size": 32}
-    batch = arguments.batch
-    student = models.create_model(arguments.student, **options).to(device)
-    teacher = models.create_model(arguments.teacher, **options).to(device)
+    batch = setting.batch
+    student, teacher = (
+        models.create_model(
+            name,
+            classes=10,
+            patch=setting.patch,
+            image_size=setting.image_size,
+            options=dict(setting.options),
+        ).to(device)
+        for name in (setting.student, setting.teacher)
+    )
     images = torch.randn(batch, 3, resolution, resolution, device=device)
     labels = torch.randint(0, 10, (batch,), device=device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-4, fused=variant not in PEERS)
@@ -88,8 +110,8 @@ def make_step(
         network = freeze(teacher, autocast, gamma > 0, device)
         frozen = Teacher(network, [t.path for _, t in pairs], "gradient", autocast)
         if "compiled" in variant:
-            compiling.compiled(module)
-            compiling.compiled_teacher(frozen)
+            compiling.compiled(module, setting.backend)
+            compiling.compiled_teacher(frozen, setting.backend)
         weight = torch.full((batch,), 1 / batch, device=device)
         aligned = batch if gamma else 0
         kept = frozen(images, labels, aligned) if "cached" in variant else None
@@ -101,12 +123,12 @@ def make_step(
             targets = frozen(images, labels, aligned) if kept is None else kept
             return module(images, labels, weight, targets, 1.0, gamma)["total"]
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         value = loss()
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(value.detach())
+        return value.detach()
 
     return step
 
@@ -129,21 +151,23 @@ def _torchdistill_loss() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor],
     return lambda said, told, labels: kd({".": {"output": said}}, {".": {"output": told}}, labels)
 
 
-def timed(step: Callable[[], float], device: torch.device, repeats: int) -> float:
+def timed(step: Step, device: torch.device, repeats: int) -> float:
     """Seconds a step."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
-        step()  # reads the loss, which waits for the device
+        step()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - start) / repeats
 
 
-def peak_memory(variant: str, arguments: argparse.Namespace, resolution: int) -> float:
+def peak_memory(variant: str, setting: Setting, resolution: int) -> float:
     """MiB at the peak of a process of its own."""
     command = [
         sys.executable, __file__, "--memory-of", variant, "--resolutions", str(resolution),
-        "--student", arguments.student, "--teacher", arguments.teacher, "--batch", str(arguments.batch),
+        "--student", setting.student, "--teacher", setting.teacher, "--batch", str(setting.batch),
     ]  # fmt: skip
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -167,9 +191,10 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     resolutions = [int(r) for r in arguments.resolutions.split(",")]
+    setting = Setting(arguments.batch, arguments.student, arguments.teacher)
 
     if arguments.memory_of:
-        step = make_step(arguments.memory_of, arguments, resolutions[0], device)
+        step = make_step(arguments.memory_of, setting, resolutions[0], device)
         for _ in range(3):
             step()
         used = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * _peak_rss_kib()
@@ -177,7 +202,7 @@ def main() -> None:
         return
 
     variants = [v for v in VARIANTS if not (arguments.no_compile and "compiled" in v)]
-    results = {str(r): measure(arguments, variants, r, device) for r in resolutions}
+    results = {str(r): measure(setting, arguments.rounds, variants, r, device) for r in resolutions}
     where = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
@@ -196,15 +221,15 @@ def main() -> None:
 
 
 def measure(
-    arguments: argparse.Namespace, variants: list[str], resolution: int, device: torch.device
+    setting: Setting, rounds: int, variants: list[str], resolution: int, device: torch.device
 ) -> dict[str, Any]:
     """Ratios of speed to timm's (medians), their smallest and largest, images/s and peak memory at a resolution."""
-    steps = {v: make_step(v, arguments, resolution, device) for v in variants}
+    steps = {v: make_step(v, setting, resolution, device) for v in variants}
     repeats = 20 if device.type == "cuda" else 1
     for step in steps.values():
         timed(step, device, 3)  # warm-up
     times: dict[str, list[float]] = {v: [] for v in variants}
-    for _ in range(arguments.rounds):
+    for _ in range(rounds):
         for variant, step in steps.items():
             times[variant].append(timed(step, device, repeats))
     del steps
@@ -213,8 +238,8 @@ def measure(
         for v in variants
         if v != "timm"
     }
-    rates = {v: round(arguments.batch / statistics.median(t), 1) for v, t in times.items()}
-    memory = {v: round(peak_memory(v, arguments, resolution)) for v in variants}
+    rates = {v: round(setting.batch / statistics.median(t), 1) for v, t in times.items()}
+    memory = {v: round(peak_memory(v, setting, resolution)) for v in variants}
     for variant in variants:
         against = (
             ""

@@ -15,8 +15,8 @@ from irkd_dist import eventlog, networks
 from irkd_dist.config import Config
 from irkd_dist.data import images as pictures
 from irkd_dist.data.sources.base import Raw
-from irkd_dist.distill import losses, methods, models, saliency
-from irkd_dist.distill import taps as places
+from irkd_dist.distill import losses, methods, models, places, saliency
+from irkd_dist.distill import taps as tapped_at
 from irkd_dist.distill.measure import TappedModel
 from irkd_dist.distill.points import feature_info
 from irkd_dist.distill.teacher import freeze
@@ -157,12 +157,12 @@ def _paths(model: nn.Module, wanted: str | Sequence[int | str], method: str) -> 
         stages = [str(info["module"]) for info in feature_info(model) if info.get("module")]
         if not hasattr(model, "blocks") and stages:
             return stages
-        wanted = [*range(places.depth(model, "all", "model"))]
-        found = [places.resolve_tap(model, name, method, "model") for name in wanted]
+        wanted = [*range(len(places.places(model, "all", "model")))]
+        found = [tapped_at.resolve_tap(model, name, method, "model") for name in wanted]
         return [tap.path for tap in found if not tap.void]  # after the last attention there is nothing to see
     if isinstance(wanted, str):
         wanted = [wanted]
-    return [places.resolve_tap(model, name, method, "model").path for name in wanted]
+    return [tapped_at.resolve_tap(model, name, method, "model").path for name in wanted]
 
 
 def normalize_map(maps: Tensor, kind: str = "minmax") -> Tensor:
@@ -184,9 +184,11 @@ class SaliencyLoss(nn.Module):
     no part of this module's parameters. Under DistributedDataParallel wrap this module, not the student.
 
     Args:
-        student, teacher: timm models, or others with modules that give tokens or a grid.
+        student: a timm model, or another with modules that give tokens or a grid.
+        teacher: another of these.
         taps: `all`, or a list of names, block numbers or pairs [student's, teacher's].
-        method: see `saliency_maps`; normalization: `minmax` or `l2`.
+        method: see `saliency_maps`.
+        normalization: of the maps, `minmax` or `l2`.
     """
 
     def __init__(
@@ -209,10 +211,10 @@ class SaliencyLoss(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Any, Tensor, Tensor]:
         """images (B, 3, r, r), labels (B,) or probabilities (B, K)."""
-        said, theirs = places.forward_with_maps(
+        said, theirs = tapped_at.forward_with_maps(
             self._teacher[0], images, self.teacher_paths, self.method, labels, frozen=True
         )
-        output, ours = places.forward_with_maps(
+        output, ours = tapped_at.forward_with_maps(
             self.student, images, self.paths, self.method, labels, frozen=False
         )
         theirs = [saliency.resize_map(t, o.shape[1:]) for t, o in zip(theirs, ours, strict=True)]
@@ -223,7 +225,7 @@ class SaliencyLoss(nn.Module):
 def _pairs(
     student: nn.Module, teacher: nn.Module, spec: str | list[Any], method: str
 ) -> list[tuple[str, str]]:
-    pairs = places.tap_pairs(student, teacher, spec, method)
+    pairs = tapped_at.tap_pairs(student, teacher, spec, method)
     kept = [(s.path, t.path) for s, t in pairs if not (s.void or t.void)]
     if not kept:
         raise UserError(

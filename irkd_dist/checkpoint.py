@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,9 +180,30 @@ def weights_file(state: dict[str, Any], averaged: bool = True) -> str:
 
 
 def load_student(folder: Path, averaged: bool = True) -> dict[str, Tensor]:
-    """Read a student's weights alone, those of `weights_file`."""
+    """Read a student's weights alone, those of `weights_file`, without the projections of its features."""
     state = load_state(folder)
-    return _read(folder / weights_file(state, averaged), state)
+    return without(_read(folder / weights_file(state, averaged), state))
+
+
+def check_file(file: Path) -> None:
+    """Compare a file of a checkpoint with its checksum, in pieces: it may be larger than memory.
+
+    Raises:
+        UserError: it is missing or altered.
+    """
+    state = load_state(file.parent)
+    try:
+        with file.open("rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(file, error) from error
+    if found != state.get("sha256", {}).get(file.name):
+        raise UserError(f"{file} is altered or truncated: its checksum differs from the one in {STATE}")
+
+
+def without(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a student alone, without the projections of its features (loss.features), which no one else needs."""
+    return {k: v for k, v in weights.items() if not k.startswith(f"{runfolder.PROJECTIONS}.")}
 
 
 def name(step: int) -> str:
@@ -246,13 +268,10 @@ def find(path: Path, which: str = "best") -> tuple[Path, list[str]]:
     Raises:
         UserError: neither a run nor a checkpoint, or a run without a complete checkpoint, or its best is gone.
     """
+    runfolder.check_trained(path)
     if (path / STATE).is_file():
         return path, []
-    folder = path / runfolder.CHECKPOINTS
-    if not folder.is_dir():
-        kinds = f"a run folder (with {runfolder.CHECKPOINTS}/) nor a checkpoint ({STATE})"
-        raise UserError(f"{path} is neither {kinds}")
-    found, content, skipped = read_newest(folder)
+    found, content, skipped = read_newest(path / runfolder.CHECKPOINTS)
     if found is None or content is None:
         raise UserError(f"{path} has no complete checkpoint" + "".join(f"; {s}" for s in skipped))
     best = content.state.get("curriculum", {}).get("best_checkpoint")

@@ -121,6 +121,25 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--slurm", action="store_true", help="on every node of this SLURM allocation")
     doctor.set_defaults(call=_doctor)
 
+    plan = _command(commands, "plan", "time, memory and disk of a run before it starts, from some real steps")
+    plan.add_argument("config", type=Path, help="configuration")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument(
+        "--gpus", type=_at_least_one, default=1, metavar="N", help="devices a node like this one's"
+    )
+    plan.add_argument("--nodes", type=_at_least_one, default=1, metavar="M")
+    plan.add_argument(
+        "--bandwidth", type=float, default=10.0, metavar="GB/s", help="of the slowest link (default: 10)"
+    )
+    plan.add_argument("--json", action="store_true")
+    plan.set_defaults(call=_plan)
+
+    what = "train a linear head on a backbone without one; its run folder is a teacher"
+    probe = _command(commands, "probe", what)
+    probe.add_argument("config", help="YAML file: student (with weights) is the backbone, data the images")
+    probe.add_argument("overrides", nargs="*", metavar="key=value", help="or --key=value")
+    probe.set_defaults(call=_probe)
+
     teach = _command(commands, "teach", "fill the teacher's cache ahead of a training")
     teach.add_argument("config", help="YAML file of the training; it names teacher.cache.folder")
     teach.add_argument(
@@ -143,6 +162,12 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("run", type=Path, help="run folder, or a folder of them for a line each")
     status.set_defaults(call=_status)
 
+    watch = _command(commands, "watch", "runs as they go: bars, losses, speed, time left, last events")
+    watch.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, or folders of them")
+    watch.add_argument("--every", type=_seconds, default=2.0, metavar="S", help="seconds between two looks")
+    watch.add_argument("--once", action="store_true", help="a line for each run, and no more")
+    watch.set_defaults(call=_watch)
+
     evaluate = commands.add_parser(
         "evaluate", help="accuracy at each resolution, saliency agreement, pointing game"
     )
@@ -155,6 +180,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--raw", action="store_true", help="the trained weights, not their moving average (optim.ema)"
     )
+    evaluate.add_argument(
+        "--quick",
+        action="store_true",
+        help="this checkpoint alone: no teacher on all images, no other stages",
+    )
     evaluate.add_argument("--data", help="shards, if they are not where the run found them")
     evaluate.set_defaults(call=_evaluate)
 
@@ -164,25 +194,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--out", type=Path, help="the page (default: report.html beside what it reports)")
     report.add_argument(
+        "--price", type=float, metavar="N", help="money an hour of all machines of a run costs"
+    )
+    report.add_argument("--live", action="store_true", help="write it again and again while the runs go on")
+    report.add_argument(
+        "--every", type=_seconds, default=30.0, metavar="S", help="with --live: seconds (default 30)"
+    )
+    report.add_argument(
         "--summary",
         type=Path,
         metavar="FILE",
         help="instead of a page what a finished run came to, as JSON to cite",
     )
     report.set_defaults(call=_report)
-
-    plan = _command(commands, "plan", "time, memory and disk of a run before it starts, from some real steps")
-    plan.add_argument("config", type=Path, help="configuration")
-    plan.add_argument("overrides", nargs="*", metavar="key=value")
-    plan.add_argument(
-        "--gpus", type=_at_least_one, default=1, metavar="N", help="devices a node like this one's"
-    )
-    plan.add_argument("--nodes", type=_at_least_one, default=1, metavar="M")
-    plan.add_argument(
-        "--bandwidth", type=float, default=10.0, metavar="GB/s", help="of the slowest link (default: 10)"
-    )
-    plan.add_argument("--json", action="store_true")
-    plan.set_defaults(call=_plan)
 
     export = _command(
         commands, "export", "a student as a folder for timm, ONNX, torch and the Hugging Face Hub"
@@ -229,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
         "verify",
         "check every file of shards, a run, a checkpoint or a page of results; exit code 1 if one is bad",
     )
-    verify.add_argument("path", type=Path, help="folder of shards, run folder or checkpoint")
+    verify.add_argument("path", help="folder of shards, or its URL, run folder or checkpoint")
     verify.set_defaults(call=_verify)
 
     cache = _command(commands, "cache", "what a teacher's cache holds, and for which runs")
@@ -271,6 +295,16 @@ def _study_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", help="one of the study's scales, which shorten every run")
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0.1 to 86400")
+    return value
+
+
 def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
@@ -305,7 +339,7 @@ def _render_source(arguments: argparse.Namespace) -> int:
     options = render.Options(
         resolutions, arguments.mode, arguments.encoding, arguments.samples_per_shard, arguments.val_fraction,
         arguments.seed, arguments.limit, arguments.dataset, arguments.workers, arguments.max_bad, arguments.fit,
-        arguments.crop_pct, arguments.white,
+        arguments.crop_pct, arguments.white, arguments.shuffle,
     )  # fmt: skip
     render.check(options)
     source = open_source(
@@ -335,14 +369,15 @@ def _render_source(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     with _imports():
         from irkd_dist import verify
+        from irkd_dist.data import remote
         from irkd_dist.training.tracking import count_bar
 
-    problems = 0
+    problems, place = 0, remote.place(arguments.path)
     with count_bar("files", pause_s=10) as (progress, tell):
-        for problem in verify.verify(arguments.path, progress):
+        for problem in verify.verify(place, progress):
             tell(printable(problem))
             problems += 1
-    print(printable(f"{arguments.path}: {f'{problems} problems' if problems else 'all as it should be'}"))
+    print(printable(f"{place}: {f'{problems} problems' if problems else 'all as it should be'}"))
     return 1 if problems else 0
 
 
@@ -387,6 +422,22 @@ def _requeue(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _probe(arguments: argparse.Namespace) -> int:
+    from irkd_dist import config
+
+    loaded = config.load(arguments.config, arguments.overrides)
+    with _imports():
+        from irkd_dist.linear_probe import probe
+
+    done = probe(loaded, say=lambda text: print(printable(text)))
+    kept = "" if done.computed else " (features were there)"
+    print(
+        f"validation accuracy {done.accuracy:.2%} with penalty {done.penalty:g}{kept}; "
+        f"teacher: {{run: {printable(str(done.folder))}, renormalize: true}}"
+    )
+    return 0
+
+
 def _teach(arguments: argparse.Namespace) -> int:
     from irkd_dist import config
 
@@ -426,19 +477,36 @@ def _cache(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from irkd_dist import runfolder
+
+    runfolder.check_trained(arguments.run)  # what can be refused at once is, before torch is imported
     with _imports():
         from irkd_dist import evaluation
 
     sizes = arguments.resolutions and list(render_arguments.numbers(arguments.resolutions, "--resolutions"))
     result = evaluation.evaluate(
         arguments.run, which=arguments.which, split=arguments.split, resolutions=sizes, data=arguments.data,
-        raw=arguments.raw,
+        raw=arguments.raw, quick=arguments.quick,
     )  # fmt: skip
     evaluation.show(result)
     return 0
 
 
+def _watch(arguments: argparse.Namespace) -> int:
+    from irkd_dist import watch
+
+    return watch.watch(arguments.runs, arguments.every, arguments.once)
+
+
 def _report(arguments: argparse.Namespace) -> int:
+    if arguments.price is not None and not 0 <= arguments.price < float("inf"):
+        raise UserError(
+            f"--price {arguments.price:g}: give the money an hour of all machines costs, 0 or more"
+        )
+    from irkd_dist import runfolder
+
+    for run in arguments.runs:
+        runfolder.read_config(run)
     with _imports():
         from irkd_dist import evidence, files, report
 
@@ -449,20 +517,24 @@ def _report(arguments: argparse.Namespace) -> int:
         files.write(arguments.summary, json.dumps(values, indent=1) + "\n")
         print(arguments.summary)
         return 0
-    print(report.write(arguments.runs, arguments.out))
+    if arguments.live:
+        return report.live(arguments.runs, arguments.out, price=arguments.price, every=arguments.every)
+    print(report.write(arguments.runs, arguments.out, price=arguments.price))
     return 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    with _imports():
-        from irkd_dist import config as configuration
-        from irkd_dist import plan
-        from irkd_dist.training import tracking
+    from irkd_dist import config as configuration
 
     if not arguments.bandwidth > 0:
         raise UserError(f"--bandwidth {arguments.bandwidth}: give GB/s above 0")
+    loaded = configuration.load(arguments.config, arguments.overrides)
+    with _imports():
+        from irkd_dist import plan
+        from irkd_dist.training import tracking
+
     model = plan.Model(arguments.gpus * arguments.nodes, bandwidth=1e9 * arguments.bandwidth)
-    forecast = plan.plan(configuration.load(arguments.config, arguments.overrides), model, arguments.config)
+    forecast = plan.plan(loaded, model, arguments.config)
     if arguments.json:
         print(json.dumps(plan.to_dict(forecast)))
         return 0
@@ -478,6 +550,9 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from irkd_dist import runfolder
+
+    runfolder.check_trained(arguments.run)
     with _imports():
         from irkd_dist import export
 

@@ -16,7 +16,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from irkd_dist import keys, plain, reading
+from irkd_dist.data import remote
 from irkd_dist.data.recipe import Augment
+from irkd_dist.data.remote import Url
 from irkd_dist.distill import methods
 from irkd_dist.distill.paper import PAPER_MODELS, PAPER_PATCH
 from irkd_dist.errors import UserError
@@ -43,8 +45,13 @@ def _word(value: Any) -> Any:
 class Data:
     """Shards rendered by `irkd render`, and how batches are made of them."""
 
-    # folder with manifest.json; operational because its content is compared by digest
+    # folder with manifest.json, or https://, s3://, gs://, hf://datasets/ of one (docs/streaming.md); operational
+    # because its content is compared by digest
     shards: Annotated[str, OPERATIONAL, PATH] = "shards/cifar10"
+    # of an epoch: any sample may follow any, or (shard) blocks of shards, shuffled within: for data that no disk holds
+    order: Literal["exact", "shard"] = "exact"
+    order_block: Positive = 8  # under order=shard: shards of a block
+    shard_cache: Annotated[remote.Settings, OPERATIONAL] = field(default_factory=remote.Settings)
     batch: Annotated[int, Field(gt=0, le=2**20)] = 128  # global batch, over all processes
     subset: Positive | None = None  # train on this many images (class-balanced, fixed choice)
     val_subset: Positive | None = None  # stages are judged by this many held-out images (class-balanced)
@@ -69,11 +76,12 @@ class Model:
     """A network: one of the paper's (custom, vit_tiny, vit_small), any timm model by name, or one with its weights:
     `local-dir:FOLDER` (as timm saves it) or `hf-hub:ORG/NAME`."""
 
-    name: str = "custom"
+    name: str = "custom"  # as above
     patch: Side | None = None  # null: the model's own; left out: 4 for the paper's models, else null
     image_size: Side | None = None  # size its position embeddings are made for; null: the largest stage
     distilled: bool | Literal["auto"] = "auto"  # distillation token; auto: when logits are distilled
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # on the embeddings and in the blocks' projections
+    # stochastic depth: rate of the last block, linear below
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     pretrained: bool = False  # the weights that timm, the folder or the hub has for it
     # weights to start from: a safetensors or PyTorch file, or a run, checkpoint or Hugging Face folder
@@ -100,6 +108,20 @@ class TeacherCache:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One more teacher, whose logits count too: keys as the teacher's."""
+
+    run: Annotated[str | None, PATH] = None  # as teacher.run, and so on below
+    model: Model | None = None  # instead of a run
+    renormalize: bool = (
+        False  # its own mean and std where they differ from the shards'; left out: true for model
+    )
+    mean: tuple[float, float, float] | None = None  # null: what its weights or timm say, else the shards'
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None  # goes with mean
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
 class Teacher:
     """Where the teacher comes from: a run of ours, or any timm model with a weights file."""
 
@@ -110,6 +132,8 @@ class Teacher:
     view: Literal["matched", "full"] = "matched"
     # aligned: stage i of n gets the teacher as of (i + 1) / n of its run
     schedule: Literal["final", "aligned"] = "final"
+    # false: a backbone without a head (DINOv2), for loss.features and attention maps alone
+    logits: bool = True
     averaged: bool = True  # take the moving average of a run's weights where it keeps one (optim.ema)
     # spread its parameters over the processes (FSDP2): for one too large for a device
     shard: Annotated[bool, OPERATIONAL] = False
@@ -117,8 +141,15 @@ class Teacher:
     renormalize: bool = False
     # its normalisation, for teacher.model; null: what its weights or timm say, else the shards'
     mean: tuple[float, float, float] | None = None
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None  # goes with mean
     cache: TeacherCache = field(default_factory=TeacherCache)
+    # more teachers, whose logits are averaged with this one's; maps and features are this one's alone
+    ensemble: list[Member] = field(default_factory=list)
+    mix: Literal["probabilities", "logits"] = (
+        "probabilities"  # what is averaged, the former at loss.kd.temperature
+    )
+    # competence: by (validation accuracy - chance) at each stage's resolution; else a share for each, this one's first
+    shares: Literal["equal", "competence"] | list[NonNegativeFloat] = "equal"
     __pydantic_config__ = _strict
 
 
@@ -127,8 +158,9 @@ class Kd:
     """Distillation of the teacher's logits."""
 
     alpha: NonNegativeFloat = 0.0  # weight; 0 is off
+    # soft: KL to the teacher's distribution; hard: CE with its decision
     kind: Literal["soft", "hard"] = "soft"
-    temperature: PositiveFloat = 4.0
+    temperature: PositiveFloat = 4.0  # of both softmaxes; the term is scaled by its square
     follow_teacher: bool = False  # scale alpha by the teacher's measured competence at a stage's resolution
     __pydantic_config__ = _strict
 
@@ -141,7 +173,7 @@ class Saliency:
     method: str = "gradient"  # a file of irkd_dist/distill/methods
     # or all, numbers, pairs [s, t]
     taps: str | list[Any] = field(default_factory=lambda: ["first", "second", "last"])
-    normalization: Literal["minmax", "l2"] = "minmax"
+    normalization: Literal["minmax", "l2"] = "minmax"  # of a map: by its range, or by its length
     every: Positive = 1  # computed on every k-th step
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the batch
     strict_paper: bool = False  # keep the paper's void last tap
@@ -150,12 +182,24 @@ class Saliency:
 
 
 @dataclass(frozen=True)
-class Loss:
-    """CE + alpha KD + gamma saliency (`sum`, paper eq. 1), or (1 - alpha) CE + alpha KD + gamma saliency (`convex`)."""
+class Features:
+    """Alignment of features through a learned linear projection (FitNets)."""
 
-    form: Literal["sum", "convex"] = "sum"
+    beta: NonNegativeFloat = 0.0  # weight; 0 is off
+    kind: Literal["cosine", "mse"] = "cosine"  # distance of a projected feature to the teacher's
+    taps: list[Any] = field(default_factory=lambda: ["last"])  # as saliency's; the projections are by pair
+    __pydantic_config__ = _strict
+
+
+@dataclass(frozen=True)
+class Loss:
+    """CE + alpha KD + gamma saliency (`sum`, paper eq. 1), or (1 - alpha) CE + alpha KD + gamma saliency (`convex`);
+    and beta times the distance of features."""
+
+    form: Literal["sum", "convex"] = "sum"  # as above
     kd: Kd = field(default_factory=Kd)
     saliency: Saliency = field(default_factory=Saliency)
+    features: Features = field(default_factory=Features)
     __pydantic_config__ = _strict
 
 
@@ -175,7 +219,7 @@ class Ends:
 class Stage(Ends):
     """One resolution of the curriculum."""
 
-    resolution: Side
+    resolution: Side  # pixels a side
     epochs: Positive | None = None  # at most; null: curriculum.epochs
     # each step is at one of these or at `resolution`, drawn evenly; one that is named twice comes twice as often
     multiscale: list[Side] = field(default_factory=list)
@@ -192,7 +236,7 @@ class Curriculum(Ends):
     """Stages of resolution, in order; they may go down as well as up. What a stage leaves out is taken from here."""
 
     stages: list[Stage] = field(default_factory=list)
-    epochs: Positive = 10
+    epochs: Positive = 10  # at most, of each stage
     start_from: Literal["last", "best"] = "last"  # weights that the next stage starts from
     # tokens: a larger batch at low resolution, so that a batch has the tokens of data.batch at the largest stage
     batch: Literal["fixed", "tokens"] = "fixed"
@@ -205,8 +249,8 @@ class Curriculum(Ends):
 class Fixed(Ends):
     """Training at one resolution with one optimizer to the end."""
 
-    resolution: Side
-    epochs: Positive
+    resolution: Side  # pixels a side
+    epochs: Positive  # at most
     multiscale: list[Side] = field(default_factory=list)  # as a stage's
     __pydantic_config__ = _strict
 
@@ -215,6 +259,7 @@ class Fixed(Ends):
 class Schedule:
     """Learning rate over time, as parts of the peak `optim.lr`."""
 
+    # after the warm-up: flat, or a half cosine down
     kind: Literal["constant", "cosine", "one_cycle"] = "constant"
     warmup: Fraction = 0.0  # part of the span
     start: NonNegativeFloat = 0.0  # first rate of the warm-up, as a part of the peak
@@ -236,15 +281,17 @@ class Ema:
 class Optim:
     """AdamW and what happens to it at a stage change."""
 
-    lr: PositiveFloat = 3e-4
+    lr: PositiveFloat = 3e-4  # peak learning rate
     weight_decay: NonNegativeFloat = 1e-4  # on weights; none on biases, norms, tokens and position embeddings
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
+    betas: tuple[Beta, Beta] = (0.9, 0.999)  # decay of first and second moments
+    eps: PositiveFloat = 1e-8  # AdamW's
     clip: PositiveFloat | None = None  # global gradient norm
-    # micro-batches that each process computes its share of the batch in; the global batch stays
-    accumulate: Annotated[int, Field(gt=0), OPERATIONAL] = 1
+    # micro-batches that each process computes its share of the batch in; the global batch stays. auto: as many in each
+    # stage as its memory asks for, recorded in the run
+    accumulate: Annotated[Annotated[int, Field(gt=0)] | Literal["auto"], OPERATIONAL] = 1
     # steps without a finite loss, since the last checkpoint, after which the run goes back to it (once)
     max_skips: Annotated[int, Field(ge=0), OPERATIONAL] = 10
+    # at a stage change: zero moments and a new schedule, both go on, or both go on with a new warm-up
     policy: Literal["reset", "carry", "rewarm"] = "reset"
     rewarm_steps: Positive = 100  # under rewarm: steps of a linear warm-up at each new stage
     schedule: Schedule = field(default_factory=Schedule)
@@ -260,8 +307,8 @@ class Optim:
 class Checkpoint:
     """When checkpoints are written and how many stay; one is always written at the end of an epoch."""
 
-    every_steps: Positive | None = None
-    every_minutes: PositiveFloat | None = None
+    every_steps: Positive | None = None  # null: not by steps
+    every_minutes: PositiveFloat | None = None  # null: not by time
     keep: Positive = 2  # newest ones kept, besides the best of each stage
     keep_epochs: Positive | None = None  # and every n-th epoch's for good (for intermediate stages' teachers)
     __pydantic_config__ = _strict
@@ -271,12 +318,15 @@ class Checkpoint:
 class Track:
     """Where metrics go besides events.jsonl."""
 
-    backend: Literal["none", "wandb", "tensorboard"] = "none"
+    # none: events.jsonl alone
+    backend: Literal["none", "wandb", "tensorboard", "mlflow", "trackio"] = "none"
     mode: Literal["online", "offline"] = "offline"  # of W&B; offline needs no account
-    project: str = "irkd"
+    project: str = "irkd"  # at W&B and Trackio; MLflow's experiment
     log_every: Positive = 20  # steps between loss lines
     # images whose saliency panels are kept at the end of each stage
     panels: Annotated[int, Field(ge=0, le=1024)] = 4
+    # held-out images that each epoch's end measures agreement of maps and gradients of terms on; 0: none
+    probe: Annotated[int, Field(ge=0, le=1024)] = 64
     samples: bool = False  # write down which samples each step saw, in samples/ of the run folder
     __pydantic_config__ = _strict
 
@@ -285,7 +335,7 @@ class Track:
 class Config:
     """One experiment."""
 
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0  # of weights, order, augmentation and dropout
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     student: Model = field(default_factory=Model)
@@ -350,6 +400,12 @@ def from_values(
         values["name"] = _run_name(stem, values.get("seed", 0))
     config = from_dict(values, where)
     _check_name(config.name, where)
+    if remote.literal_secret(references.get("data.shards", config.data.shards)):
+        raise UserError(
+            f"data.shards={remote.without_secrets(config.data.shards)} carries a password "
+            "or a query, which would be written into the run folder: put it into an environment variable, and give "
+            "data.shards='${oc.env:NAME}'"
+        )
     return replace(config, references=references)
 
 
@@ -471,8 +527,13 @@ def check(config: Config) -> None:
         raise UserError(
             f"loss.saliency.method={loss.saliency.method!r} is none of {', '.join(methods.names())}"
         )
-    if config.teacher is None and (loss.kd.alpha or loss.saliency.gamma):
-        key, value = ("kd.alpha", loss.kd.alpha) if loss.kd.alpha else ("saliency.gamma", loss.saliency.gamma)
+    weights = {
+        "kd.alpha": loss.kd.alpha,
+        "saliency.gamma": loss.saliency.gamma,
+        "features.beta": loss.features.beta,
+    }
+    if config.teacher is None and any(weights.values()):
+        key, value = next((k, v) for k, v in weights.items() if v)
         raise UserError(
             f"loss.{key}={value} needs a teacher: add `teacher: {{run: runs/...}}` or set it to 0"
         )
@@ -490,12 +551,20 @@ def check(config: Config) -> None:
             raise UserError(
                 f"curriculum.stages[{own[0]}].teacher names a checkpoint: give teacher.run, not teacher.model"
             )
+        if not config.teacher.logits:
+            _check_headless(config)
+        _check_ensemble(config, config.teacher)
         cache = config.teacher.cache
         mixed = next((s.multiscale for s in stages(config) if s.multiscale), None)
         if mixed and cache.folder is not None:
             raise UserError(
                 f"multiscale={mixed} with teacher.cache.folder: a cache keeps one resolution a stage; leave one "
                 "of them out"
+            )
+        if loss.features.beta and cache.folder is not None:
+            raise UserError(
+                f"loss.features.beta={loss.features.beta} with teacher.cache.folder: a cache keeps logits and maps, "
+                "not features; leave one of them out"
             )
         if cache.folder is None and replace(cache, mode="auto") != TeacherCache():
             changed = next(
@@ -513,6 +582,11 @@ def check(config: Config) -> None:
     _check_augment(config)
     if config.optim.checkpoint_blocks and config.compile is not False:
         raise UserError("optim.checkpoint_blocks=true with compile: one of them at a time; set compile=false")
+    if config.data.order == "shard" and config.augment.draws is not None and config.augment.mixes:
+        raise UserError(
+            f"data.order=shard with augment.draws={config.augment.draws} and MixUp or CutMix: partners then come from "
+            "the whole split; leave out draws, or use data.order=exact"
+        )
     if config.engine != "auto":
         check_engine(config, config.engine)
     for i, stage in enumerate(stages(config)):
@@ -525,7 +599,7 @@ def check(config: Config) -> None:
         raise UserError(
             f"data.virtual_ranks={count}: give a power of two, at most data.batch={config.data.batch}"
         )
-    if count is not None and config.optim.accumulate > 1:
+    if count is not None and config.optim.accumulate != 1:
         raise UserError(
             f"data.virtual_ranks={count} with optim.accumulate={config.optim.accumulate}: virtual ranks are the "
             "micro-batches; raise their number instead, and leave accumulate at 1"
@@ -534,12 +608,58 @@ def check(config: Config) -> None:
         raise UserError(
             "loss.saliency.taps is empty: name taps, e.g. [first, second, last], or set gamma to 0"
         )
+    if loss.features.beta and not loss.features.taps:
+        raise UserError("loss.features.taps is empty: name taps, e.g. [last], or set beta to 0")
     patches = {"student": config.student}
     if config.teacher is not None and config.teacher.model is not None:
         patches["teacher"] = config.teacher.model
     for role, model in patches.items():
         if model.name in PAPER_MODELS and model.patch is not None:
             check_resolutions(config, model.patch, role)
+
+
+def _check_ensemble(config: Config, teacher: Teacher) -> None:
+    """Refuse what several teachers cannot do together."""
+    for i, member in enumerate(teacher.ensemble):
+        if (member.run is None) == (member.model is None):
+            raise UserError(f"teacher.ensemble[{i}] needs either run or model (with weights), and not both")
+    count, shares = 1 + len(teacher.ensemble), teacher.shares
+    if isinstance(shares, list) and (len(shares) != count or not sum(shares)):
+        raise UserError(
+            f"teacher.shares={shares}: give a share for each of {count} teachers, not all of them 0"
+        )
+    if not teacher.ensemble:
+        if shares == "competence":
+            raise UserError("teacher.shares=competence without teacher.ensemble: there is one teacher alone")
+        return
+    wrong = {
+        f"teacher.cache.folder={teacher.cache.folder}": teacher.cache.folder is not None,
+        "teacher.schedule=aligned": teacher.schedule == "aligned",
+        "teacher.shard=true": teacher.shard,
+        "teacher.logits=false": not teacher.logits,
+        "a stage's own teacher": any(s.teacher is not None for s in stages(config)),
+    }
+    if found := next((key for key, is_wrong in wrong.items() if is_wrong), None):
+        raise UserError(f"teacher.ensemble with {found}: leave one of them out")
+
+
+def _check_headless(config: Config) -> None:
+    """Refuse what a teacher without logits cannot teach."""
+    loss, teacher = config.loss, config.teacher
+    assert teacher is not None
+    wrong = {
+        f"loss.kd.alpha={loss.kd.alpha}": bool(loss.kd.alpha),
+        f"loss.saliency.method={loss.saliency.method}": bool(loss.saliency.gamma)
+        and methods.inner_gradient(loss.saliency.method),
+        "loss.saliency.follow_teacher=true": loss.saliency.follow_teacher,
+        f"teacher.run={teacher.run}": teacher.run is not None,
+        f"teacher.cache.folder={teacher.cache.folder}": teacher.cache.folder is not None,
+    }
+    if found := next((key for key, is_wrong in wrong.items() if is_wrong), None):
+        raise UserError(
+            f"teacher.logits=false with {found}: a backbone without a head has features and attention maps alone; give "
+            "it one by `irkd probe`, or use loss.features and loss.saliency.method=attention"
+        )
 
 
 def _check_augment(config: Config) -> None:
@@ -609,6 +729,15 @@ def folder_of(config: Config) -> Path:
     return Path(config.out) / config.name
 
 
+def shards_of(config: Config) -> Path | Url:
+    """Where the shards are: as text it shows no secret.
+
+    Raises:
+        UserError: a URL of a protocol that is not read here.
+    """
+    return remote.place(config.data.shards, config.data.shard_cache)
+
+
 def student_distilled(config: Config) -> bool:
     """Whether the student carries a distillation token (`auto`: when logits are distilled)."""
     if config.student.distilled == "auto":
@@ -629,8 +758,17 @@ def _with_defaults(values: Any) -> Any:
             **teacher,
             **({"model": _with_patch(own)} if own else {}),
         }
+        if isinstance(members := teacher.get("ensemble"), list):
+            values["teacher"]["ensemble"] = [_member_with_defaults(m) for m in members]
     values["student"] = _with_patch(values.get("student", {}))
     return values
+
+
+def _member_with_defaults(member: Any) -> Any:
+    if not isinstance(member, dict):
+        return member
+    own = member.get("model")
+    return {"renormalize": own is not None, **member, **({"model": _with_patch(own)} if own else {})}
 
 
 def _with_patch(model: Any) -> Any:

@@ -50,6 +50,18 @@ def create_student(
     return model, arguments, notes
 
 
+def students_normalisation(
+    config: Config,
+) -> tuple[tuple[float, float, float], tuple[float, float, float], str] | None:
+    """(mean, std, why) that a student's first weights want their input normalised by, if anything says so."""
+    spec = config.student
+    ours = own_checkpoint(Path(spec.weights)) if spec.weights is not None else None
+    if ours is not None:
+        state = checkpoint.load_state(ours)
+        return tuple(state["mean"]), tuple(state["std"]), f"its checkpoint {ours}"
+    return _own_normalisation(spec, hub.look_up(spec.name, "student.name"))
+
+
 def read_weights(path: Path, where: str) -> tuple[dict[str, Tensor], list[str]]:
     """Weights by name, and notes: of a checkpoint folder, a run folder (its best), or as `weights.read` takes them."""
     ours, raw = own_checkpoint(path), path.name == runfolder.STUDENT  # which names its file
@@ -65,8 +77,8 @@ def own_checkpoint(path: Path) -> Path | None:
     return None
 
 
-def load_teacher(config: Config, manifest: shards.Manifest) -> Network:
-    """The configured teacher, checked against the shards.
+def load_teacher(config: Config, manifest: shards.Manifest, on_meta: bool = False) -> Network:
+    """The configured teacher, checked against the shards; on_meta: without its weights, under a `torch.device("meta")`.
 
     Raises:
         UserError: another number or order of classes, another normalisation, or a patch grid that does not fit a stage.
@@ -74,13 +86,13 @@ def load_teacher(config: Config, manifest: shards.Manifest) -> Network:
     spec = config.teacher
     assert spec is not None
     if spec.run is not None:
-        network = networks.load(Path(spec.run), averaged=spec.averaged)
+        network = networks.load(Path(spec.run), averaged=spec.averaged, on_meta=on_meta)
         where = f"teacher.run={spec.run}"
     else:
         assert spec.model is not None
-        network = _timm_teacher(config, manifest)
+        network = _timm_teacher(config, manifest, on_meta)
         where = f"teacher.model={spec.model.name}"
-    networks.check_classes(network.classes, manifest, config.data.shards, where)
+    networks.check_classes(network.classes, manifest, str(configuration.shards_of(config)), where)
     ours = (*manifest.mean, *manifest.std)
     theirs = (*network.mean, *network.std)
     if not spec.renormalize and not _near(ours, theirs):
@@ -98,7 +110,7 @@ def load_teacher(config: Config, manifest: shards.Manifest) -> Network:
     return network
 
 
-def _timm_teacher(config: Config, manifest: shards.Manifest) -> Network:
+def _timm_teacher(config: Config, manifest: shards.Manifest, on_meta: bool) -> Network:
     spec = config.teacher
     assert spec is not None
     assert spec.model is not None
@@ -108,22 +120,25 @@ def _timm_teacher(config: Config, manifest: shards.Manifest) -> Network:
     if not own.pretrained and own.weights is None and not comes_with_weights:
         raise UserError(f"{where} has no weights: give teacher.model.weights, or pretrained=true")
     classes = named.cfg.get("num_classes")
-    if own.weights is None and classes is not None and classes != len(manifest.classes):
+    if spec.logits and own.weights is None and classes is not None and classes != len(manifest.classes):
         raise UserError(
-            f"{where}: its pretrained head has {classes} classes, the shards have {len(manifest.classes)}; fine-tune "
-            "it first (irkd train with student.pretrained=true)"
+            f"{where}: its pretrained head has {classes} classes, the shards have {len(manifest.classes)}; give it one "
+            "by `irkd probe`, fine-tune it (irkd train with student.pretrained=true), or set teacher.logits=false"
         )
     as_named = False if own.name in PAPER_MODELS else None
     arguments = {
         "name": named.architecture,
-        "classes": len(manifest.classes),
+        "classes": len(manifest.classes) if spec.logits else 0,
         "patch": own.patch,
         "image_size": own.image_size or manifest.largest,
         "distilled": as_named if own.distilled == "auto" else own.distilled,
         "options": {**named.options, **own.options},
     }
     wanted = replace(own, pretrained=own.pretrained or comes_with_weights)
-    model, notes = _create(wanted, "teacher.model", named, arguments)
+    if on_meta:
+        model, notes = models.create_model(**arguments), []
+    else:
+        model, notes = _create(wanted, "teacher.model", named, arguments)
     if models.is_distilled(model):  # outside training both heads are averaged
         model.set_distilled_training(False)  # type: ignore[operator]
     mean, std, said = _teachers_normalisation(config, manifest, named)
@@ -202,6 +217,9 @@ def _load(
 ) -> list[str]:
     """Fit weights to a network and load them; returns the notes, with those on the fit."""
     reset_key = f"{key}.reset_head" if key == "student" else ""
+    if key == "teacher.model" and not getattr(model, "num_classes", 1):
+        tensors, more = weights.without_head(model, tensors, where)
+        notes = [*notes, *more]
     fitted, changes = weights.fit(model, tensors, where, spec.reset_head and bool(reset_key), reset_key)
     models.load_weights(model, fitted, where)
     return [*notes, *changes]

@@ -38,6 +38,7 @@ from irkd_dist.training import (
     build,
     distributed,
     engines,
+    micro,
     panels,
     preflight,
     restore,
@@ -293,7 +294,7 @@ def _run_to_come(examine: _Examination, engine: Engine, config: Config, path: st
 
     def shards_whole() -> str:
         nonlocal manifest
-        manifest = shards.load_manifest(Path(config.data.shards))
+        manifest = shards.load_manifest(configuration.shards_of(config))
         return _shards(engine, config, manifest)
 
     def teacher_fits() -> str:
@@ -336,12 +337,13 @@ def _run_to_come(examine: _Examination, engine: Engine, config: Config, path: st
 
 def _shards(engine: Engine, config: Config, manifest: shards.Manifest) -> str:
     """Each file that the run reads is checked by one process."""
-    folder, verify = Path(config.data.shards), config.data.verify
+    folder, verify = configuration.shards_of(config), config.data.verify
     files, start = preflight.used_shards(config, manifest), time.perf_counter()
     preflight.check_shards(config, engine, manifest)
     seconds = time.perf_counter() - start
     size = sum(shard.bytes for _, shard in files) / MIB
     what = "checksums agree" if verify == "checksum" else "sizes agree (data.verify=size)"
+    what = what if isinstance(folder, Path) else "each is checked when it is downloaded"
     splits = ", ".join(f"{n:,} {split}" for split, n in manifest.splits.items())
     return f"{folder}: {len(files)} files, {size:,.0f} MiB, {what} ({seconds:.1f} s); {splits}"
 
@@ -370,6 +372,7 @@ def _step(job: Parts, number: int) -> str:
     engine, loss = job.engine, job.config.loss
     _forget_peak(engine)
     restore.load_stage_teacher(job, number)
+    micro.ensure(job, number)
     training, held_out = build.loaders(job, job.plan.stages[number])
     seconds, size = 0.0, 0
     with training, held_out:
@@ -378,7 +381,8 @@ def _step(job: Parts, number: int) -> str:
             _finish(engine)
             start = time.perf_counter()
             # as step 0: one at which saliency is aligned, whatever loss.saliency.every says
-            taken = step.take(job, batches, loss.kd.alpha, loss.saliency.gamma, 0)
+            count = job.micro_batches(number)
+            taken = step.take(job, batches, loss.kd.alpha, loss.saliency.gamma, 0, count)
             _finish(engine)
             if bool(taken.skipped):
                 raise UserError("the gradient is not finite: lower optim.lr, or use precision=fp32")

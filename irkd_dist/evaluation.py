@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from irkd_dist import config as configuration
 from irkd_dist import configured, files, networks, runfolder, typed
+from irkd_dist import evaluation_answers as answers
 from irkd_dist.config import Config
 from irkd_dist.data import shards
 from irkd_dist.data.loader import Batch, Loader
@@ -22,23 +23,12 @@ from irkd_dist.distill import measure, methods, models
 from irkd_dist.distill.measure import TappedModel
 from irkd_dist.distill.teacher import Teacher, freeze
 from irkd_dist.errors import UserError
+from irkd_dist.evaluation_answers import Task
 from irkd_dist.networks import Network
-from irkd_dist.training import build, distributed, engines, metrics, tracking
+from irkd_dist.training import build, distributed, engines, probing, tracking
 from irkd_dist.training.engines import Engine
 
 AGREEMENT_SAMPLES = 1024  # maps cost a backward pass each; the standard error is below 0.01 by then
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What is measured, on what, by which of the processes."""
-
-    network: Network
-    config: Config  # of the run, with the shards that are measured on
-    manifest: shards.Manifest
-    place: Engine  # as far as it joins the processes
-    teacher: Teacher | None
-    taps: list[str]  # of the network, as the teacher's are paired with them
 
 
 def evaluate(
@@ -49,6 +39,7 @@ def evaluate(
     resolutions: list[int] | None = None,
     data: str | None = None,
     raw: bool = False,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a run folder (its `best` or `last` checkpoint) or a checkpoint folder.
 
@@ -56,8 +47,11 @@ def evaluate(
 
     Accuracy in 0..1 by resolution over the whole split; for a run whose teacher is at hand the agreement of the maps
     (`mse`, Pearson's `correlation`), and for shards with object masks the pointing game's hit rate, both over the first
-    1024 samples; images/s of the networks alone. Written to a file of the run folder's `evaluation/` named after split,
-    resolutions and checkpoint, so that another measurement does not replace it.
+    1024 samples; images/s of the networks alone. Unless `quick` also the teacher's accuracy (`teacher`) and that of
+    each earlier stage's best checkpoint (`stages`) by resolution, who is taken for whom at the largest resolution
+    that was trained (`confusion`), and in a file beside it (`.npz`) images that are judged wrong, with both maps.
+    Written to a file of the run folder's `evaluation/` named after split, resolutions and checkpoint, so that another
+    measurement does not replace it.
 
     Raises:
         UserError: no such run, split or resolution, or the shards are gone or of other classes.
@@ -68,10 +62,11 @@ def evaluate(
     config = replace(config, data=replace(config.data, val_subset=None))  # the whole split
     if data is not None:
         config = replace(config, data=replace(config.data, shards=data))
-    manifest = shards.load_manifest(Path(config.data.shards))
+    folder = configuration.shards_of(config)
+    manifest = shards.load_manifest(folder)
     if split not in manifest.splits:
-        raise UserError(f"{config.data.shards} has no split {split!r}; it has {', '.join(manifest.splits)}")
-    networks.check_classes(network.classes, manifest, config.data.shards, str(network.folder))
+        raise UserError(f"{folder} has no split {split!r}; it has {', '.join(manifest.splits)}")
+    networks.check_classes(network.classes, manifest, str(folder), str(network.folder))
     # its images are normalised as those that it was trained on, whatever the shards' own statistics are
     manifest = replace(manifest, mean=network.mean, std=network.std)
     place = engines.setup(config)
@@ -81,7 +76,7 @@ def evaluate(
         if place.device.type == "cpu":
             models.without_fused_attention(network.model)  # as in training: the same numbers
         teacher, taps = _teacher(config, network, manifest, place, notes)
-        task = _Task(network, config, manifest, place, teacher, taps)
+        task = Task(network, config, manifest, place, teacher, taps)
         sizes = sorted(set(resolutions or _default_resolutions(task)))
         for size in list(sizes):
             _check_resolution(task, size)
@@ -90,10 +85,14 @@ def evaluate(
                     raise UserError(f"--resolutions {size}: {why}")
                 sizes.remove(size)
                 notes.append(f"{size} px is left out: {why}")
-        result = _measure(task, split, sizes) | {"notes": notes}
+        result, found = _measure(task, split, sizes, quick)
+        if not quick and path != network.folder:
+            result["stages"] = answers.earlier_stages(task, path, split, sizes, raw, notes)
+        result["notes"] = notes
         if place.main:
             other_data = network.state.get("data_digest") not in (None, build.data_digest(manifest))
-            _write(path, network, result, build.data_digest(manifest) if other_data else None, raw)
+            other = build.data_digest(manifest) if other_data else None
+            _write(path, network, result, other, raw, found)
         return result
     finally:
         place.finish()
@@ -102,11 +101,15 @@ def evaluate(
 def show(result: dict[str, Any]) -> None:
     """Print a result as a table."""
     columns = ["resolution", "accuracy"]
+    columns += ["teacher"] if result["teacher"] else []
+    columns += [f"stage {int(stage) + 1}" for stage in result.get("stages", {})]
     columns += ["map mse", "map correlation"] if result["agreement"] else []
     columns += ["pointing"] if result["pointing"] else []
     rows = []
     for size, accuracy in result["accuracy"].items():
         row = [f"{size} px", f"{accuracy:.2%}"]
+        row += [f"{result['teacher'][size]:.2%}"] if result["teacher"] else []
+        row += [f"{own[size]:.2%}" for own in result.get("stages", {}).values()]
         if result["agreement"]:
             maps = result["agreement"][size]
             row += [f"{maps['mse']:.4f}", f"{maps['correlation']:.3f}"]
@@ -120,13 +123,21 @@ def show(result: dict[str, Any]) -> None:
     console.print(tracking.summary_table(title, columns, rows))
 
 
-def _measure(task: _Task, split: str, sizes: list[int]) -> dict[str, Any]:
+def _measure(
+    task: Task, split: str, sizes: list[int], quick: bool
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     model, autocast = task.network.model, task.place.autocast
-    accuracy, agreement, pointing, rates, samples = {}, {}, {}, {}, 0
+    accuracy, agreement, pointing, rates, teacher, samples = {}, {}, {}, {}, {}, 0
+    confusion: dict[str, Any] = {}
+    gallery: dict[str, np.ndarray] = {}
+    shown = max(
+        {s.resolution for s in configuration.stages(task.config)} & {*sizes}, default=max(sizes, default=0)
+    )
     for size in sizes:
         with build.evaluation_loader(task.config, task.manifest, task.place, split, size) as loader:
             samples, key = len(loader), str(size)
-            accuracy[key] = metrics.accuracy(task.place, model, loader, "the student")
+            told = {"student": answers.of(task, model, loader, "the student")}
+            accuracy[key] = told["student"].accuracy
             first = next(iter(loader.batches(0)))
             rates[key] = {"student": _rate(model, first.images, autocast)}
             if task.teacher is not None:
@@ -134,6 +145,13 @@ def _measure(task: _Task, split: str, sizes: list[int]) -> dict[str, Any]:
                 seen = view.images if view.full is None else view.full
                 rates[key]["teacher"] = _rate(task.teacher.model, seen, task.teacher.autocast)
             batches = _first_batches(loader) if task.taps else []
+            if task.teacher is not None and not quick:
+                told["teacher"] = answers.by_teacher(task, split, loader)
+                teacher[key] = told["teacher"].accuracy
+            if size == shown and not quick:
+                confusion = {"resolution": size, "classes": [*task.network.classes]}
+                confusion |= {who: found.pairs() for who, found in told.items()}
+                gallery = answers.gallery(task, split, loader, told)
         if batches and task.teacher is not None:
             student = TappedModel(model, task.taps, task.network.method, autocast)
             seen = _full_view(task, split, size, batches)
@@ -145,10 +163,11 @@ def _measure(task: _Task, split: str, sizes: list[int]) -> dict[str, Any]:
         if batches and task.manifest.masks and whole:
             pointing[key] = _pointing(task, split, size, batches)
     return {
-        "checkpoint": str(task.network.folder), "split": split, "shards": task.config.data.shards, "samples": samples,
+        "checkpoint": str(task.network.folder), "split": split, "samples": samples,
+        "shards": str(configuration.shards_of(task.config)),
         "accuracy": accuracy, "agreement": agreement, "pointing": pointing, "images_per_s": rates,
-        "parameters": models.parameter_count(model),
-    }  # fmt: skip
+        "parameters": models.parameter_count(model), "teacher": teacher, "confusion": confusion,
+    }, gallery  # fmt: skip
 
 
 def _teacher(
@@ -199,7 +218,7 @@ def _first_batches(loader: Loader) -> list[Batch]:
     return batches
 
 
-def _full_view(task: _Task, split: str, size: int, batches: list[Batch]) -> list[Batch]:
+def _full_view(task: Task, split: str, size: int, batches: list[Batch]) -> list[Batch]:
     """The batches with what the teacher sees, where that is the full resolution."""
     if task.config.teacher is None or task.config.teacher.view != "full":
         return batches
@@ -207,32 +226,17 @@ def _full_view(task: _Task, split: str, size: int, batches: list[Batch]) -> list
         return [replace(b, full=w.images) for b, w in zip(batches, whole.batches(0), strict=False)]
 
 
-def _pointing(task: _Task, split: str, size: int, batches: list[Batch]) -> float:
+def _pointing(task: Task, split: str, size: int, batches: list[Batch]) -> float:
     student = TappedModel(task.network.model, task.taps, task.network.method, task.place.autocast)
-    stored = size if task.manifest.mode == "resize" else task.manifest.resolutions[-1]
-    opened = shards.open_split(Path(task.config.data.shards), task.manifest, split, stored, verify="size")
-    with contextlib.closing(opened):
-        counts = torch.zeros(2, dtype=torch.float64)
-        for batch in batches:
-            real = (batch.weight > 0).cpu()
-            masks = torch.stack([_mask(opened, int(i), stored) for i in batch.ids]).to(batch.images.device)
-            hits = measure.pointing_hits(student.maps(batch.images, batch.labels), masks)
-            counts += torch.tensor([int(hits.cpu()[real].sum()), int(real.sum())])
+    counts = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        real = (batch.weight > 0).cpu()
+        masks = probing.object_masks(task.config, task.manifest, split, size, batch.ids)
+        assert masks is not None
+        hits = measure.pointing_hits(student.maps(batch.images, batch.labels), masks.to(batch.images.device))
+        counts += torch.tensor([int(hits.cpu()[real].sum()), int(real.sum())])
     hit, count = distributed.total(task.place, counts).tolist()
     return hit / count
-
-
-def _mask(opened: shards.Split, i: int, size: int) -> Tensor:
-    try:
-        mask = shards.decode(opened.mask(i) or b"", "png")
-        if mask.shape[1:] != (size, size):
-            raise ValueError(f"it has {tuple(mask.shape[1:])} pixels, not {(size, size)}")
-    except ValueError as error:
-        raise UserError(
-            f"{opened.where(i)}: the mask of sample {opened.keys[i]} cannot be read: {error}; render again: the same "
-            "`irkd render` command replaces what is damaged"
-        ) from error
-    return mask[0] > 127
 
 
 @torch.no_grad()
@@ -253,7 +257,7 @@ def _rate(model: nn.Module, images: Tensor, autocast: torch.dtype | None, second
     return round(count / (time.perf_counter() - started), 1)
 
 
-def _default_resolutions(task: _Task) -> list[int]:
+def _default_resolutions(task: Task) -> list[int]:
     stages = {s.resolution for s in configuration.stages(task.config)}
     if task.manifest.mode == "crop" or task.manifest.crop_pct < 1:
         return sorted(stages)
@@ -261,7 +265,7 @@ def _default_resolutions(task: _Task) -> list[int]:
     return [r for r in task.manifest.resolutions if r in stages or not any(r % p for p in patches)]
 
 
-def _patches(task: _Task) -> dict[str, int]:
+def _patches(task: Task) -> dict[str, int]:
     """Patch sizes that a resolution must be a multiple of, by role."""
     sizes = {"student": models.patch_size(task.network.model)}
     if task.teacher is not None and task.config.teacher is not None and task.config.teacher.view != "full":
@@ -269,18 +273,19 @@ def _patches(task: _Task) -> dict[str, int]:
     return {role: size for role, size in sizes.items() if size is not None}
 
 
-def _check_resolution(task: _Task, size: int) -> None:
+def _check_resolution(task: Task, size: int) -> None:
     if size < 1:
         raise UserError(f"--resolutions {size} is no size in pixels")
     if task.manifest.mode == "resize" and task.manifest.stored(size) is None:
         rendered = ", ".join(map(str, task.manifest.resolutions))
-        raise UserError(f"--resolutions {size}: {task.config.data.shards} was rendered at {rendered} px")
+        folder = configuration.shards_of(task.config)
+        raise UserError(f"--resolutions {size}: {folder} was rendered at {rendered} px")
     for role, patch in _patches(task).items():
         if size % patch:
             raise UserError(f"--resolutions {size} is not a multiple of patch size {patch} ({role})")
 
 
-def _refusal(task: _Task, size: int) -> str | None:
+def _refusal(task: Task, size: int) -> str | None:
     """Why a network does not take images of this size, as convolutional ones may not; None if both do."""
     full = task.config.teacher is not None and task.config.teacher.view == "full"
     pairs = [("the student", task.network.model, size)]
@@ -297,13 +302,21 @@ def _refusal(task: _Task, size: int) -> str | None:
     return None
 
 
-def _write(path: Path, network: Network, result: dict[str, Any], other_data: str | None, raw: bool) -> None:
-    """Keep a result in the run folder, or beside a checkpoint that is in none."""
+def _write(
+    path: Path, network: Network, result: dict[str, Any], other_data: str | None, raw: bool,
+    gallery: dict[str, np.ndarray],
+) -> None:  # fmt: skip
+    """Keep a result in the run folder, or beside a checkpoint that is in none; what it shows beside it."""
     run = runfolder.run_of(path)
     which = network.folder.name if path == network.folder else _which(run, network)
     parts = [result["split"], *result["accuracy"], which, *(["data", other_data] if other_data else [])]
     parts += ["raw"] if raw else []
     file = run / runfolder.EVALUATION / ("-".join(parts) + ".json")
+    if gallery:
+        with files.whole(file.with_suffix(".npz")) as out:
+            np.savez_compressed(out, allow_pickle=False, **gallery)
+    else:
+        file.with_suffix(".npz").unlink(missing_ok=True)  # of an earlier measurement
     files.write(file, typed.checked(result))
 
 

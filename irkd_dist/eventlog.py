@@ -42,6 +42,8 @@ _NEEDED = {
     "transition": ("stage", "reason"),
     "decision": ("config", "state", "decision"),
     "summary": ("seconds",),
+    "probe": ("stage", "resolution", "epoch"),
+    "flops": ("stage", "inference", "training"),
 }
 _TYPES: dict[str, Check] = {
     **dict.fromkeys(("stage", "resolution", "epoch", "stage_epoch", "epochs", "batch"), is_count),
@@ -49,7 +51,9 @@ _TYPES: dict[str, Check] = {
     **dict.fromkeys(("accuracy", "images_per_s", "data_wait", "seconds", "lr"), is_number),
     **dict.fromkeys(("alpha", "gamma", "flat_maps", "val_accuracy"), is_number),
     **dict.fromkeys(("test_accuracy", "test_accuracy_last"), is_number),
-    **dict.fromkeys(("total", "ce", "kd", "saliency"), is_real),
+    **dict.fromkeys(("mse", "pointing", "inference", "training", "energy_j"), is_number),
+    **dict.fromkeys(("cache_hits", "cache_misses"), is_count),
+    **dict.fromkeys(("total", "ce", "kd", "saliency", "features", "correlation"), is_real),
     **dict.fromkeys(("split", "reason", "device", "precision", "torch", "config", "policy"), is_text),
     **dict.fromkeys(("command", "commit", "version"), is_text),
     **dict.fromkeys(("notes", "skipped"), list_of(is_text)),

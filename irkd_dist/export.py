@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from irkd_dist import __version__, export_card, files, networks, runfolder
 from irkd_dist import config as configuration
-from irkd_dist.data import shards
+from irkd_dist.data import remote, shards
 from irkd_dist.data.decoded import Dataset
 from irkd_dist.data.loader import Loader
 from irkd_dist.data.views import View
@@ -320,8 +320,8 @@ def _images(network: Network, data: str | None) -> Images:
     """Held-out images at every resolution of the training that the model takes; noise where the shards are gone."""
     config = configuration.from_dict(network.state["config"], str(network.folder))
     sizes = [s for s in configuration.resolutions(config) if _takes(network.model, s)]
-    folder = Path(data or config.data.shards)
     try:
+        folder = remote.place(data or config.data.shards, config.data.shard_cache)
         manifest = shards.load_manifest(folder)
         split = next(s for s in ("test", "val", "train") if s in manifest.splits)
         by_size, labels = {}, None

@@ -7,6 +7,7 @@ from typing import Any
 
 from irkd_dist import __version__, eventlog, files, runfolder, typed
 from irkd_dist import config as configuration
+from irkd_dist.data import remote
 from irkd_dist.errors import UserError
 from irkd_dist.networks import Network
 
@@ -57,7 +58,7 @@ def card(network: Network, told: dict[str, Any], name: str) -> str:
         f"`{told['architecture']}`, {told['parameters'] / 1e6:.2f} M parameters, {len(network.classes)} classes, "
         f"trained with irkd_dist {network.state.get('package_version', __version__)} by {'; '.join(terms)}.", "",
         f"- Stages: {stages}; it takes {', '.join(str(r) for r in told['resolutions'])} px.",
-        f"- Data: `{config.data.shards}`, digest `{network.state.get('data_digest')}`"
+        f"- Data: `{remote.without_secrets(config.data.shards)}`, digest `{network.state.get('data_digest')}`"
         + (f", {config.data.subset} images of it." if config.data.subset else "."),
         f"- Teacher: {_teacher(teacher)}.",
         f"- Checkpoint: `{network.folder.name}`, seed {config.seed}, optimizer policy `{config.optim.policy}`.", "",

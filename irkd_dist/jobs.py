@@ -10,7 +10,6 @@ import collections
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from irkd_dist import runfolder, status
+from irkd_dist import gpus, runfolder, status
 from irkd_dist.data import memory
 from irkd_dist.errors import EXIT_STOPPED, UserError
 
@@ -61,7 +60,7 @@ class Whole:
 class _Running:
     job: Job
     process: subprocess.Popen[bytes]
-    slot: int
+    gpu: str | None  # as CUDA_VISIBLE_DEVICES names it
     log_began: int  # bytes that its event log had when it was started
     largest: int = 0  # bytes of memory that it has taken so far
 
@@ -88,9 +87,10 @@ def run(
 ) -> tuple[dict[str, str], bool]:
     """Train all, `beside` at once; a job whose run is finished only says so.
 
-    With several at once each gets its part of the cores (OMP_NUM_THREADS, unless that is set) and the GPUs in turn, and
-    its output goes to `Job.log`. A run that fails does not stop the others. A further one starts when the last has
-    begun to train and as much memory is left as the largest takes.
+    With several at once each gets its part of the cores (OMP_NUM_THREADS, unless that is set) and the GPU with the
+    fewest runs, and its output goes to `Job.log`. A run that fails does not stop the others. A further one starts when
+    the last has begun to train and as much memory is left as the largest takes, of the machine and of a GPU; a line
+    says which run is held back for memory.
 
     Returns:
         Why each job that failed did, by name; and whether a signal ended it all: then the same call goes on.
@@ -98,6 +98,7 @@ def run(
     whole, began = whole or Whole(len(todo), 0), time.monotonic()
     waiting, running, failed = collections.deque(todo), list[_Running](), dict[str, str]()
     done, stopped, largest, handed = set[str](), False, 0, 0
+    devices, held = gpus.Gpus(), ""
     with _Requests() as requests, _shown(console, todo, done, failed, beside, whole, began) as show:
         while running or (waiting and not requests.asked):
             for each in list(running):
@@ -116,29 +117,36 @@ def run(
                 for each in running:
                     each.process.send_signal(number)
             handed = len(requests.asked)
-            free = [s for s in range(beside) if s not in {each.slot for each in running}]
-            if waiting and free and not requests.asked and _room(running, largest):
-                if beside == 1:
-                    here = len(todo) - len(waiting)
-                    at, left = whole.before + here + 1, _left(whole, here, began)
-                    line = f"run {at} of {whole.runs}: {waiting[0].name}; {left}"
-                    console.print(line, style="bold", markup=False, highlight=False)
-                running.append(_start(waiting.popleft(), free[0], beside))
+            if waiting and len(running) < beside and not requests.asked and _begun(running):
+                used = [each.gpu for each in running]
+                devices.look(used)
+                gpu, lacking = devices.place(used)
+                lacking = _lacking(running, largest) or lacking
+                if lacking is None:
+                    if beside == 1:
+                        here = len(todo) - len(waiting)
+                        at, left = whole.before + here + 1, _left(whole, here, began)
+                        line = f"run {at} of {whole.runs}: {waiting[0].name}; {left}"
+                        console.print(line, style="bold", markup=False, highlight=False)
+                    running.append(_start(waiting.popleft(), gpu, beside))
+                elif held != waiting[0].name:
+                    held = waiting[0].name
+                    console.print(f"held back: {held}: {lacking}", markup=False, highlight=False)
             show()
             time.sleep(POLL_S)
     return failed, stopped or bool(requests.asked)
 
 
-def _start(job: Job, slot: int, beside: int) -> _Running:
+def _start(job: Job, gpu: str | None, beside: int) -> _Running:
     environment = dict(os.environ)
     if beside > 1:
         cores = len(os.sched_getaffinity(0))
         environment.setdefault("OMP_NUM_THREADS", str(max(cores // beside, 1)))
-        if gpus := _gpus():
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
     command, began = [sys.executable, "-m", "irkd_dist", *job.arguments], _log_size(job)
     if beside == 1:
-        return _Running(job, subprocess.Popen(command, env=environment, preexec_fn=_with_parent), slot, began)
+        return _Running(job, subprocess.Popen(command, env=environment, preexec_fn=_with_parent), gpu, began)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
         process = subprocess.Popen(
@@ -149,7 +157,7 @@ def _start(job: Job, slot: int, beside: int) -> _Running:
             stderr=log,
             preexec_fn=_with_parent,
         )
-    return _Running(job, process, slot, began)
+    return _Running(job, process, gpu, began)
 
 
 def _with_parent() -> None:
@@ -159,21 +167,17 @@ def _with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; none where there is no driver."""
-    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in given.split(",") if name]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    return [str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+def _begun(running: list[_Running]) -> bool:
+    """Whether all have shown what they take."""
+    return all(_trains(each) for each in running)
 
 
-def _room(running: list[_Running], largest: int) -> bool:
-    """Whether another may start: the last has shown what it takes, and as much is left."""
-    if not running:
-        return True
-    return all(_trains(each) for each in running) and memory.left() > SPARE * largest
+def _lacking(running: list[_Running], largest: int) -> str | None:
+    """Why the machine has no memory for another run, in words; None if it has."""
+    left = memory.left()
+    if not running or left > SPARE * largest:
+        return None
+    return f"{left / 2**30:.1f} GiB of memory are left, and a run has taken {largest / 2**30:.1f} GiB"
 
 
 def _log_size(job: Job) -> int:

@@ -37,17 +37,19 @@ class Network:
     notes: tuple[str, ...] = ()  # what was skipped on the way to it, and why
 
 
-def load(path: Path, which: str = "best", averaged: bool = True) -> Network:
+def load(path: Path, which: str = "best", averaged: bool = True, on_meta: bool = False) -> Network:
     """Load a network from a checkpoint, or from a run folder: the best of its last stage, or its `last`.
 
-    Its weights are the moving average where there is one (optim.ema); averaged=False: those that were trained.
+    Its weights are the moving average where there is one (optim.ema); averaged=False: those that were trained; on_meta:
+    none, under a `torch.device("meta")`.
 
     Raises:
         UserError: no such run or checkpoint, or it is damaged; the message names the file.
     """
     folder, skipped = checkpoint.find(path, which)
     state = checkpoint.load_state(folder)
-    content = checkpoint.Content(checkpoint.load_student(folder, averaged), {}, state)
+    weights = {} if on_meta else checkpoint.load_student(folder, averaged)
+    content = checkpoint.Content(weights, {}, state)
     missing = [key for key in ("model", "classes", "mean", "std", "config") if key not in state]
     if missing:
         raise UserError(f"{folder / runfolder.STATE} is altered: it has no {missing[0]}")
@@ -55,7 +57,8 @@ def load(path: Path, which: str = "best", averaged: bool = True) -> Network:
         raise UserError(f"{folder}: {problem}: nothing can be done with it")
     config = configuration.from_dict(state["config"], str(folder / runfolder.STATE))
     model = _create(state["model"], folder)
-    models.load_weights(model, content.student, str(folder))
+    if not on_meta:
+        models.load_weights(model, content.student, str(folder))
     taps, method = state.get("taps"), state.get("method", config.loss.saliency.method)
     if taps is None:  # an earlier release's: resolved as its training did
         taps = taps_alone(config, model)
@@ -114,16 +117,19 @@ def check_classes(classes: tuple[str, ...], manifest: shards.Manifest, folder: s
 
 
 def tap_pairs(
-    config: Config, student: nn.Module, teacher: nn.Module
+    config: Config, student: nn.Module, teacher: nn.Module, teacher_size: int | None = None
 ) -> tuple[list[tuple[taps.Tap, taps.Tap]], list[str]]:
     """The configured taps that have a map in both networks, and what a user should know of them.
+
+    teacher_size: side in pixels of what the teacher sees; None: what the student sees at the largest stage.
 
     Raises:
         UserError: with saliency in the loss, a tap that a network does not have, or none that has a map.
     """
-    spec = config.loss.saliency
+    spec, side = config.loss.saliency, configuration.resolutions(config)[-1]
     try:
-        pairs = taps.tap_pairs(student, teacher, spec.taps, spec.method, spec.strict_paper)
+        sizes = (side, teacher_size or side)
+        pairs = taps.tap_pairs(student, teacher, spec.taps, spec.method, spec.strict_paper, sizes)
     except UserError:
         if spec.gamma:
             raise
@@ -151,8 +157,9 @@ def taps_alone(config: Config, student: nn.Module) -> list[str]:
     own = [item[0] if isinstance(item, list) else item for item in spec.taps if item != []]
     wanted = spec.taps if isinstance(spec.taps, str) else own
     strict = spec.strict_paper and config.teacher is not None  # void taps are kept for the loss alone
+    side = configuration.resolutions(config)[-1]
     try:
-        pairs = taps.tap_pairs(student, student, wanted, spec.method, strict)
+        pairs = taps.tap_pairs(student, student, wanted, spec.method, strict, (side, side))
     except UserError:
         return []
     return [s.path for s, _ in pairs if strict or not s.void]

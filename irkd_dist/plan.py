@@ -33,7 +33,7 @@ from irkd_dist.data.loader import Batch
 from irkd_dist.distill import measure, methods, models
 from irkd_dist.errors import UserError
 from irkd_dist.plan_model import Model, Spread
-from irkd_dist.training import build, engines, metrics, restore, step
+from irkd_dist.training import build, engines, metrics, micro, restore, step
 from irkd_dist.training.engines import Engine
 from irkd_dist.training.parts import Parts
 
@@ -172,6 +172,7 @@ def _stage(parts: Parts, number: int, model: Model, gradient: float) -> StageFor
     _forget_peak(engine)
     began = time.perf_counter()
     restore.load_stage_teacher(parts, number)
+    micro.ensure(parts, number)
     train, held_out = build.loaders(parts, planned)
     start = time.perf_counter() - began
     parts.module.train()
@@ -179,7 +180,8 @@ def _stage(parts: Parts, number: int, model: Model, gradient: float) -> StageFor
         times, rows, batch = list[float](), 0, None
         last = time.perf_counter()
         for at, batch in enumerate(itertools.islice(train.steps(0), WARM + MEASURED)):
-            taken = step.take(parts, batch, loss.kd.alpha, loss.saliency.gamma, at)
+            count = parts.micro_batches(number)
+            taken = step.take(parts, batch, loss.kd.alpha, loss.saliency.gamma, at, count)
             metrics.row(taken, 0.0).tolist()  # waits for the device
             rows, now = batch[0].size, time.perf_counter()
             times.append(now - last)

@@ -20,12 +20,15 @@ CONFIG, EVENTS, SESSION, OWNER = "config.yaml", "events.jsonl", "session", "owne
 STATUS, RESTARTS = "status.json", "restarts.json"
 CHECKPOINTS, BEST, MILESTONES = "checkpoints", "best", "milestones.txt"
 STATE, STUDENT, OPTIMIZER = "state.json", "student.safetensors", "optimizer.safetensors"  # of a checkpoint
+PROJECTIONS = (
+    "feature_projections"  # begins the names of weights that serve the training alone (loss.features)
+)
 AVERAGE = "average.safetensors"  # beside them where optim.ema is on
 WRITING = ".writing-"  # begins the name of a checkpoint that is not whole yet
 PANELS, SAMPLES = "panels", "samples"
 EVALUATION, EARLIER_EVALUATION = "evaluation", "evaluation.json"  # the second: of earlier releases
 REPORT, FIGURES = "report.html", "figures"
-TENSORBOARD, WANDB_ID = "tensorboard", "wandb-id.txt"
+TENSORBOARD, WANDB_ID, MLFLOW = "tensorboard", "wandb-id.txt", "mlflow"
 STATES = ("running", "stopped", "finished", "failed")
 
 # ---- names
@@ -74,6 +77,13 @@ def run_of(path: Path) -> Path:
         return path
     folder = path.absolute().parent.parent
     return folder if (folder / CONFIG).is_file() else path
+
+
+def check_trained(path: Path) -> None:
+    """Raise UserError where a path is neither a run folder with checkpoints nor a checkpoint."""
+    if not (path / STATE).is_file() and not (path / CHECKPOINTS).is_dir():
+        kinds = f"a run folder (with {CHECKPOINTS}/) nor a checkpoint ({STATE})"
+        raise UserError(f"{path} is neither {kinds}")
 
 
 def panel_file(run: Path, stage: int, epoch: int) -> Path:
@@ -173,8 +183,9 @@ def read_config(run: Path) -> dict[str, Any]:
     file = run / CONFIG
     try:
         content = files.read(file)
-    except FileNotFoundError:
-        raise UserError(f"{run} is no run folder: it has no {CONFIG}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        why = f"it has no {CONFIG}" if run.is_dir() else "there is no such folder"
+        raise UserError(f"{run} is no run folder: {why}") from None
     except OSError as error:
         raise unreadable(file, error) from error
     values = plain.parse(content, f"{file} cannot be read")

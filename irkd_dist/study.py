@@ -9,7 +9,7 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,31 +128,49 @@ def run(
     A finished run is not trained again and an interrupted one goes on, so the same command takes up where it stopped.
 
     Raises:
-        UserError: runs have failed; the others are trained.
+        UserError: runs have failed; the others are trained, but for the students of a teacher that failed.
         Stopped: a signal asked for it.
     """
     everything = [cell for study in studies for cell in cells(study, overrides, scale)]
-    failed, begun, ended = dict[str, str](), 0, 0
+    failed, left_out, ended = dict[str, str](), dict[str, str](), 0
     total = len({cell.folder for cell in everything})
     for seed in dict.fromkeys(cell.seed for cell in everything):  # the teachers have none
         phase = {cell.folder: cell for cell in everything if cell.seed == seed}  # studies may share a teacher
-        todo = [jobs.Job(cell.name, cell.arguments, folder) for folder, cell in phase.items()]
-        begun += sum(cell.seed == seed for cell in everything)
+        if seed is not None and failed:
+            left_out |= without_teacher(phase.values(), [c for c in everything if c.name in failed])
+        todo = [
+            jobs.Job(c.name, c.arguments, folder) for folder, c in phase.items() if c.name not in left_out
+        ]
         problems, stopped = jobs.run(todo, beside, tracking.console(), jobs.Whole(total, ended))
-        ended += len(todo)
+        ended += len(phase)
         failed |= problems
         if stopped:
             raise Stopped
         if out is not None:
             write(out, record(studies, overrides, scale, command))
-        if failed and seed is None:
-            break  # the students have nothing to learn from
     if failed:
         named = "; ".join(f"{name}: {why}" for name, why in failed.items())
-        left = len(everything) - begun
-        waiting = f"; {left} were not started, since they come after the teachers" if left else ""
-        raise UserError(f"{len(failed)} of {len(everything)} runs failed: {named}{waiting}")
+        waiting = "; ".join(f"{name} was not started, {why}" for name, why in left_out.items())
+        raise UserError(
+            f"{len(failed)} of {len(everything)} runs failed: {named}{'; ' if waiting else ''}{waiting}"
+        )
     return study_page.markdown(record(studies, overrides, scale, command))
+
+
+def without_teacher(students: Iterable[Cell], failed: Sequence[Cell]) -> dict[str, str]:
+    """Students that have nothing to learn from, by name, and whose teacher's run has failed."""
+    folders = {cell.folder.absolute(): cell.name for cell in failed if cell.seed is None}
+    found: dict[str, str] = {}
+    for cell in students:
+        config = cell.config
+        paths = [stage.teacher for stage in configuration.stages(config)]
+        paths += [config.teacher.run] if config.teacher is not None else []
+        for path in filter(None, paths):
+            absolute = Path(path).absolute()
+            taught_by = next((folders[f] for f in (absolute, *absolute.parents) if f in folders), None)
+            if taught_by is not None:
+                found[cell.name] = f"since its teacher {taught_by} failed"
+    return found
 
 
 def record(
@@ -174,7 +192,7 @@ def record(
                 "runs": runs,
             }
         )  # fmt: skip
-    return {"command": command, "scale": scale, "studies": told, "machine": _machine()}
+    return {"command": command, "scale": scale, "studies": told, "machine": _machine(), "sd": True}
 
 
 def write(out: Path, values: dict[str, Any]) -> None:
@@ -196,7 +214,7 @@ def _result(cell: Cell) -> dict[str, Any] | None:
     if summary is None:
         return None
     if "test_accuracy" not in summary:
-        raise UserError(f"{config.data.shards} has no test split, and a study's table needs one")
+        raise UserError(f"{configuration.shards_of(config)} has no test split, and a study's table needs one")
     try:
         counted = {"flops": flops.of_run(config, events)}
     except UserError as error:  # its teacher or its shards are gone since

@@ -44,9 +44,10 @@ def to_json(values: dict[str, Any]) -> str:
 def markdown(values: dict[str, Any]) -> str:
     """The page as Markdown."""
     first, *others = values["studies"]
-    blocks = [f"# {first['title']}", *_of_study(first, values["command"])]
+    sd = bool(values.get("sd"))  # pages from before have none
+    blocks = [f"# {first['title']}", *_of_study(first, values["command"], sd)]
     for study in others:
-        blocks += [f"# {study['title']}", *_of_study(study, values["command"])]
+        blocks += [f"# {study['title']}", *_of_study(study, values["command"], sd)]
     blocks += [f"{values['machine']} Runs: {digest(values)}."]
     return "\n\n".join([*blocks[:1], BEGINS, *blocks[1:], ENDS]) + "\n"
 
@@ -112,20 +113,21 @@ def _figures(text: str) -> list[str]:
     return [line for line in inside.splitlines() if line.strip()]
 
 
-def _of_study(study: dict[str, Any], command: str) -> list[str]:
+def _of_study(study: dict[str, Any], command: str, sd: bool) -> list[str]:
     runs, published = study["runs"], study["published"]
     says = (
         "Test accuracy in %: mean over seeds ± half the 95 % interval (Student's t); `best` is the checkpoint with the "
         "best validation accuracy in the last stage, `last` the weights at the end. Differences are paired over seeds."
+        + (" In brackets the standard deviation over seeds." if sd else "")
     )
     if any("flops" in r for r in runs):
         says += (
             " PFLOP are 10^15 operations of the training steps: matrix products and convolutions of student and "
             "teacher, an addition and a multiplication as two; a teacher that is read from a cache is not counted."
         )
-    blocks = [*study["notes"], f"{says} One command: `{command}`.", _lines(*_summary_table(study))]
+    blocks = [*study["notes"], f"{says} One command: `{command}`.", _lines(*_summary_table(study, sd))]
     if published:
-        blocks.append(_lines(*_published_table(study)))
+        blocks.append(_lines(*_published_table(study, sd)))
     columns = ["command", "test, best", "test, last", "seconds"]
     rows = [
         [f"`{r['command']}`", _percent(r["test_accuracy"]), _percent(r["test_accuracy_last"]), f"{r['seconds']:.0f}"]
@@ -134,7 +136,7 @@ def _of_study(study: dict[str, Any], command: str) -> list[str]:
     return [*blocks, "## Every run", _lines(columns, rows)]
 
 
-def _summary_table(study: dict[str, Any]) -> Table:
+def _summary_table(study: dict[str, Any], sd: bool) -> Table:
     baseline, counted = study["baseline"], any("flops" in r for r in study["runs"])
     columns = [
         "experiment",
@@ -157,9 +159,9 @@ def _summary_table(study: dict[str, Any]) -> Table:
         ]
         rows.append(
             [
-                name, str(len(own)), _mean([100 * r["test_accuracy"] for r in own.values()]),
-                _mean([100 * r["test_accuracy_last"] for r in own.values()]),
-                "-" if name == baseline or not paired else _mean(paired, sign="+"),
+                name, str(len(own)), _mean([100 * r["test_accuracy"] for r in own.values()], sd=sd),
+                _mean([100 * r["test_accuracy_last"] for r in own.values()], sd=sd),
+                "-" if name == baseline or not paired else _mean(paired, sign="+", sd=sd),
                 f"{statistics.mean(r['images'] for r in own.values()):,.0f}",
                 *([_petaflop([*own.values()])] if counted else []),
                 _mean([r["seconds"] for r in own.values()], digits=0),
@@ -173,13 +175,13 @@ def _summary_table(study: dict[str, Any]) -> Table:
     return columns, rows
 
 
-def _published_table(study: dict[str, Any]) -> Table:
+def _published_table(study: dict[str, Any], sd: bool) -> Table:
     rows = []
     for name, theirs in study["published"].items():
         own = [100 * r["test_accuracy"] for r in _by_seed(study, name).values()]
         own = own or [100 * r["test_accuracy"] for r in study["runs"] if r["experiment"] == name]
         if own:
-            rows.append([name, _mean(own), f"{theirs:.2f}", f"{statistics.mean(own) - theirs:+.2f}"])
+            rows.append([name, _mean(own, sd=sd), f"{theirs:.2f}", f"{statistics.mean(own) - theirs:+.2f}"])
     return ["experiment", "here", "published", "difference"], rows
 
 
@@ -187,8 +189,9 @@ def _by_seed(study: dict[str, Any], name: str) -> dict[int, dict[str, Any]]:
     return {r["seed"]: r for r in study["runs"] if r["experiment"] == name and not r["teacher"]}
 
 
-def _mean(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
+def _mean(values: Sequence[float], digits: int = 2, sign: str = "", sd: bool = False) -> str:
     spread = f" ± {interval(values):.{digits}f}" if len(values) > 1 else ""
+    spread += f" ({statistics.stdev(values):.{digits}f})" if sd and len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.{digits}f}{spread}"
 
 

@@ -166,10 +166,11 @@ def _missing(parts: Parts, loader: Loader, each: Pass, steps: range) -> list[int
 
 def _wanted(parts: Parts, loader: Loader, each: Pass, step: int) -> Wanted:
     """What a step needs; all of its maps where its draw comes again, since then others are chosen."""
-    loss = parts.config.loss
+    loss, count = parts.config.loss, parts.config.optim.accumulate
     asked = answers.wanted(
-        parts.config, loader, each.epoch, step, each.step + step, loss.kd.alpha, loss.saliency.gamma
-    )
+        parts.config, loader, each.epoch, step, each.step + step, loss.kd.alpha, loss.saliency.gamma,
+        2 if count == "auto" else count,  # more maps are wanted of several micro-batches than of one
+    )  # fmt: skip
     if parts.config.augment.draws is not None and loss.saliency.gamma:
         asked = replace(asked, aligned=len(asked.ids))
     return asked

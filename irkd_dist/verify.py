@@ -5,7 +5,9 @@ It yields problems: lines that begin with the bad file, and name the sample wher
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,22 +15,26 @@ from pathlib import Path
 import numpy as np
 
 from irkd_dist import evidence, runfolder, study_page, verify_runs
+from irkd_dist.data import index, remote
 from irkd_dist.data import shards as format
 from irkd_dist.data.index import Index
+from irkd_dist.data.remote import Url
 from irkd_dist.distill import cache_admin, cache_files
-from irkd_dist.errors import UserError
+from irkd_dist.errors import Passing, UserError
 
 Progress = Callable[[int, int], None]
 
 _MOST_NAMED = 20  # bad samples of one file that are named
 
 
-def verify(path: Path, progress: Progress = lambda done, total: None) -> Iterator[str]:
+def verify(path: Path | Url, progress: Progress = lambda done, total: None) -> Iterator[str]:
     """The problems of whatever lies at `path`; `progress` is called with (files or checkpoints done, in all).
 
     Raises:
         UserError: that is nothing known.
     """
+    if isinstance(path, Url):
+        return shards(path, progress)
     if (path / format.MANIFEST).exists() or (path / format.PARTS).is_dir():
         return shards(path, progress)
     if (path / "export.json").exists():
@@ -61,8 +67,11 @@ def study_pages(pages: list[Path]) -> Iterator[str]:
             yield f"{page} cannot be compared with {page.with_suffix('.json').name}: {type(error).__name__}: {error}"
 
 
-def shards(folder: Path, progress: Progress) -> Iterator[str]:
-    """The problems of a folder of shards: schema, checksums, index against tar, keys, labels, every image and mask."""
+def shards(folder: Path | Url, progress: Progress) -> Iterator[str]:
+    """The problems of a folder of shards: schema, checksums, index against tar, keys, labels, every image and mask.
+
+    Behind a URL each shard is downloaded, looked at and forgotten: the cache has no say in it.
+    """
     try:
         manifest = format.load_manifest(folder)
     except UserError as error:
@@ -77,21 +86,43 @@ def shards(folder: Path, progress: Progress) -> Iterator[str]:
     first: dict[tuple[str, int], str] = {}  # of each shard: digest of keys and labels at the first resolution
     for done, (resolution, which, shard) in enumerate(everything):
         progress(done, len(everything))
-        path = folder / f"r{resolution}" / shard.name
-        if found := format.damage(path, shard):
-            yield f"{path} {found}"
-            continue
+        place, listed = folder / f"r{resolution}" / shard.name, None
         try:
-            listed = format.scan(path, manifest.encoding)
+            with _at_hand(place, shard) as path:
+                if found := format.damage(path, shard):
+                    yield f"{place} {found}"
+                    continue
+                listed = format.scan(path, manifest.encoding)
+                problems = _one_shard(path, shard, listed, manifest, resolution)
+                yield from (f"{place} {problem}" for problem in problems)
         except (ValueError, OSError) as error:
-            yield f"{path} is not a shard of this manifest: {error}"
+            yield f"{place} is not a shard of this manifest: {error}"
             continue
-        yield from (f"{path} {problem}" for problem in _one_shard(path, shard, listed, manifest, resolution))
+        except Passing:
+            raise
+        except UserError as error:  # of a server
+            yield str(error)
+            continue
         content = "\n".join(listed.keys).encode(errors="replace") + listed.labels.tobytes()
         digest = hashlib.sha256(content).hexdigest()
         if first.setdefault(which, digest) != digest:
-            yield f"{path} has other keys or labels than at {manifest.resolutions[0]} px"
+            yield f"{place} has other keys or labels than at {manifest.resolutions[0]} px"
     progress(len(everything), len(everything))
+
+
+@contextlib.contextmanager
+def _at_hand(place: Path | Url, shard: format.Shard) -> Iterator[Path]:
+    """A shard and its index as files: those that are here, or copies that go again."""
+    if isinstance(place, Path):
+        yield place
+        return
+    with tempfile.TemporaryDirectory(prefix="irkd-verify-") as scratch:
+        path = Path(scratch, place.name)
+        remote.download(place, path, shard.bytes)
+        if shard.index is not None:
+            name = index.file_name(place.name)
+            (path.parent / name).write_bytes(remote.read(place.parent / name))
+        yield path
 
 
 def _one_shard(

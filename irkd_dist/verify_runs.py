@@ -10,7 +10,7 @@ from typing import Any
 from irkd_dist import checkpoint, eventlog, files, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.errors import Passing, UserError, unreadable
-from irkd_dist.report import reading
+from irkd_dist.report import evaluations
 from irkd_dist.training import panels
 
 REQUIRED = ("model", "classes", "mean", "std", "config", "curriculum", "data_digest")  # in a state.json
@@ -39,8 +39,9 @@ def run(folder: Path, progress: Callable[[int, int], None] = lambda done, total:
     found += [f"{folder}: {problem}" for problem in panels.load(folder)[1]]
     for file in runfolder.evaluation_files(folder):
         try:
-            reading.read_evaluation(file)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            _, problem = evaluations.read_evaluation(file)
+            found += [f"{folder}: {problem}"] if problem else []
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             found.append(f"{file} is not what irkd evaluate writes: {error}")
     return list(dict.fromkeys(found))
 

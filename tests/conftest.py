@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: real CIFAR-10 where it is at hand, small synthetic shards everywhere."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,14 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert manifest is not None
     assert manifest.splits == {"train": 110, "val": 13, "test": 20}
     return out
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """A browser."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("CI must have a browser: apt-get install chromium")
+        pytest.skip("no chromium: apt-get install chromium")
+    return found

@@ -103,6 +103,7 @@ def test_maps_are_the_gradient_of_the_predicted_class(run: Path) -> None:
     [
         ("resnet10t", {}, [16, 8, 4, 2, 1]),
         ("small_resnet", {}, [16, 8, 4]),
+        ("small_resnet", {"size": 16}, [8, 4, 2]),
         ("test_vit", {"img_size": 32, "patch_size": 8}, [4]),
         ("test_convnext", {}, [8, 4, 2, 1]),
     ],

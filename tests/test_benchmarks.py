@@ -1,37 +1,64 @@
-"""benchmarks/growth.py runs from end to end: what it writes is plain values and a figure."""
+"""The benchmark of a GPU, rehearsed at its smallest on a CPU: it must not fail where a GPU is lent by the minute."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import pytest
+
+from benchmarks import carry
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def test_how_cost_grows(tmp_path: Path) -> None:
-    out, figure = tmp_path / "growth.json", tmp_path / "growth.svg"
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "growth.py"),
-        "--quick",
-        "--only",
-        "cache,checkpoint,loader,batch",
-    ]
-    done = subprocess.run(
-        [*command, "--out", str(out), "--figure", str(figure)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told == json.loads(out.read_text())
-    ((point,), (kept,), (stored,), (read,)) = (
-        told["step"]["batch"],
-        told["cache"],
-        told["checkpoint"],
-        told["loader"],
-    )
-    assert point["batch"] == 16
-    assert 0 < point["teacher_ms"] < point["step_ms"]
-    assert min(*kept.values(), *stored.values(), *read.values(), point["peak_mib"]) > 0
-    assert figure.read_text().count("<svg") == 1
+def gpu(out: Path, *more: str) -> str:
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--quick", "--out", str(out), *more]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_gpus_benchmark_measures_each_cell_and_says_what_it_left_out(tmp_path: Path) -> None:
+    told = gpu(tmp_path / "gpu.json", "--variants", "timm,irkd,irkd_cached_compiled")
+    values = json.loads((tmp_path / "gpu.json").read_text())
+    cells = values["cells"]["4:12"]
+    assert [*cells] == ["timm", "irkd", "irkd_cached_compiled"], told
+    assert values["left_out"] == {}
+    for cell in cells.values():
+        assert "error" not in cell, told
+        assert "not_compiled" not in cell, told
+        assert cell["images_per_s"] > 0
+        assert len(cell["of_timm"]) == 3
+        assert len(cell["kernels"]) == 10
+    # the second derivative costs more than what it is taken of
+    assert cells["irkd"]["flops"] > cells["timm"]["flops"] > 0
+    assert told.count("4:12") == 3
+
+
+def test_what_the_time_does_not_allow_is_said(tmp_path: Path) -> None:
+    told = gpu(tmp_path / "gpu.json", "--variants", "kd,kd_compiled", "--budget-s", "0")
+    assert json.loads((tmp_path / "gpu.json").read_text())["left_out"] == {
+        "4:12 kd": "time is up",
+        "4:12 kd_compiled": "time is up",
+    }
+    assert told.count("left out: time is up") == 2
+
+
+def test_what_is_carried_is_all_that_the_other_machine_lacks() -> None:
+    present = carry.closure([*carry.PRESENT], {})
+    lacking = carry.closure(["omegaconf", "pydantic", "timm"], present)
+    assert {"omegaconf", "pydantic", "pydantic-core", "annotated-types", "timm"} <= lacking.keys()
+    assert not lacking.keys() & {
+        "torch",
+        "torchvision",
+        "numpy",
+        "pyyaml",
+        "huggingface-hub",
+    }  # there already
+    assert lacking["pydantic"] == importlib.metadata.version("pydantic")
+    with pytest.raises(SystemExit, match="no-such-package is not installed here"):
+        carry.closure(["no-such-package"], {})

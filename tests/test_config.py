@@ -309,7 +309,8 @@ def test_operational_is_written_at_the_keys() -> None:
     """The keys that stood in a list, so that older checkpoints compare as they did; and what came since."""
     assert sorted(keys.operational(config.Config)) == sorted(
         ["name", "out", "engine", "rank_timeout_s", "optim.accumulate", "optim.max_skips", "teacher.shard",
-         "checkpoint", "track", "data.shards", "data.cache", "data.workers", "data.verify", "data.leave_out",
+         "checkpoint", "track", "data.shards", "data.shard_cache", "data.cache", "data.workers", "data.verify",
+         "data.leave_out",
          "teacher.run", "references", "compile", "teacher.cache.folder", "teacher.cache.mode",
          "teacher.cache.limit_gib", "data.eval_batch", "optim.checkpoint_blocks"]
     )  # fmt: skip

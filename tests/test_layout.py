@@ -19,6 +19,7 @@ LEAVES = [
 ONLY_DOOR = {
     "accelerate": "training/engines.py",
     "deepspeed": "training/engines.py",
+    "fsspec": "data/remote.py",
     "wandb": "training/tracking.py",
 }
 

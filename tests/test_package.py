@@ -18,8 +18,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
 
 import irkd_dist
+from irkd_dist import project
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -36,7 +38,9 @@ def pinned(file: str) -> dict[str, str]:
 def test_a_lock_has_a_version_of_all_that_is_asked_for(file: str) -> None:
     extras = PROJECT["optional-dependencies"]
     have = pinned(file)
-    for requirement in map(Requirement, (*PROJECT["dependencies"], *extras["all"], *extras["dev"])):
+    for requirement in map(
+        Requirement, (*PROJECT["dependencies"], *extras["all"], *extras["dev"], *extras["docs"])
+    ):
         version = have[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement}: {version}; make lock"
 
@@ -170,3 +174,13 @@ def test_the_installed_wheel_renders_and_trains_from_another_folder(
     said = run("train", "configs/cifar10/cpu/irkd.yaml", "name=r", "out=runs", *own, stages, "fixed=null")
     assert "test accuracy at 16 px" in said
     assert run("report", "runs/r").strip() == "runs/r/report.html"
+    assert "8 px" in run("evaluate", "runs/r")
+    run("export", "runs/r", "--to", "timm", "--out", "exported")
+    Image.new("RGB", (20, 16), (200, 30, 30)).save(here / "photo.png")
+    assert run("predict", "exported", "photo.png", "--csv").count("photo.png") == 1
+    run("init", "mine")
+    listed = ["git", "ls-files", *project.FOLDERS]
+    shipped = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert {str(p.relative_to(here / "mine")) for p in (here / "mine").rglob("*") if p.is_file()} == {
+        *shipped
+    }

@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from irkd_dist import config as configuration
-from irkd_dist import configured, flops, jobs, study, study_page, verify
+from irkd_dist import configured, flops, gpus, jobs, study, study_page, verify
 from irkd_dist.errors import UserError
 from tests.training.launch import irkd
 
@@ -82,13 +82,65 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(folder: Path) -> None:
     assert "| CE |" not in (folder / "t.md").read_text().split("## Every run")[0]
 
 
-def test_runs_that_were_not_started_are_counted(folder: Path) -> None:
+def test_a_teacher_that_fails_stops_its_own_students_alone(folder: Path) -> None:
     (folder / "teacher.yaml").write_text(
-        (folder / "teacher.yaml").read_text().replace("batch: 64", "subset: 10000")
+        (folder / "teacher.yaml").read_text().replace("batch: 64", "batch: 64, subset: 10000")
     )
-    done = irkd("study", str(folder / "study.yaml"), "--jobs", "2", check=False)
+    done = irkd(
+        "study", str(folder / "study.yaml"), "--jobs", "2", "--out", str(folder / "t.md"), check=False
+    )
+    assert done.returncode == 2
     assert "1 of 3 runs failed" in done.stderr
-    assert "2 were not started, since they come after the teachers" in done.stderr
+    teacher = folder / "teacher.yaml"
+    assert f"; KD, seed 0 was not started, since its teacher {teacher} failed" in done.stderr
+    table = (folder / "t.md").read_text()
+    assert "| CE | 1 |" in table
+    assert "| KD | 1 |" not in table
+
+
+SMI = """#!/bin/sh
+# stands in for the driver's: 10 GiB are free before the first run has trained, 6 afterwards
+free=10240; grep -qs '"train"' {runs}/*/events.jsonl && free=6144
+case "$1" in *memory.free*) echo "0, GPU-x, $free";; *) echo 0;; esac
+"""
+
+
+@pytest.fixture
+def one_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (folder / "bin").mkdir()
+    (folder / "bin" / "nvidia-smi").write_text(SMI.format(runs=folder / "runs"))
+    (folder / "bin" / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return folder
+
+
+def test_a_run_is_held_back_where_a_gpu_has_no_memory_left(one_gpu: Path) -> None:
+    """A run takes 4 of 10 GiB there, so that two fit and a third does not: 2 GiB would be left of the 4.8 wanted."""
+    devices = gpus.Gpus()
+    assert devices.place([]) == ("0", None)
+    devices.look([])
+    (one_gpu / "runs" / "a").mkdir(parents=True)
+    (one_gpu / "runs" / "a" / "events.jsonl").write_text('{"event": "train"}')
+    devices.asked_at = -math.inf
+    devices.look(["0"])
+    assert devices.found[0].largest == 4 * 2**30
+    assert devices.place(["0"]) == ("0", None)
+    devices.found[0].free = 2 * 2**30
+    told = "GPU 0 has 2.0 GiB left, and a run has taken 4.0 GiB"
+    assert devices.place(["0", "0"]) == (None, told)
+    assert devices.place([]) == ("0", None)  # none is on it: what it takes is not known to be too much
+
+
+def test_the_gpu_with_the_fewest_runs_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 1")
+    devices = gpus.Gpus()
+    used: list[str | None] = []
+    for _ in range(4):
+        used.append(devices.place(used)[0])
+    assert used == ["3", "1", "3", "1"]
+    devices.found[0].free, devices.found[0].largest = 1, 2
+    assert devices.place(used) == ("1", None)
 
 
 def test_a_run_that_goes_on_has_to_train_again_before_another_starts(tmp_path: Path) -> None:
@@ -98,11 +150,11 @@ def test_a_run_that_goes_on_has_to_train_again_before_another_starts(tmp_path: P
     log.write_text('{"event": "train"}\n')
     job = jobs.Job("run", (), log.parent)
     with subprocess.Popen(["true"]) as process:
-        running = jobs._Running(job, process, 0, jobs._log_size(job))
-    assert not jobs._room([running], 0)
+        running = jobs._Running(job, process, None, jobs._log_size(job))
+    assert not jobs._begun([running])
     with log.open("a") as file:
         file.write('{"event": "train"}\n')
-    assert jobs._room([running], 0)
+    assert jobs._begun([running])
 
 
 def started_and_asked_to_stop(folder: Path, event: bytes) -> tuple[int, str]:
@@ -198,6 +250,15 @@ def test_differences_are_paired_over_seeds(tmp_path: Path) -> None:
     row = next(line for line in page.read_text().splitlines() if line.startswith("| KD | 3"))
     assert f"+4.00 ± {4.303 / math.sqrt(3):.2f}" in row
     assert "| KD | 56.00 ± 7.45 | 55.00 | +1.00 |" in page.read_text()
+
+
+def test_the_standard_deviation_stands_beside_the_interval(tmp_path: Path) -> None:
+    page, values = page_of(tmp_path)
+    study.write(page, {**values, "sd": True})
+    row = next(line for line in page.read_text().splitlines() if line.startswith("| KD | 3"))
+    assert f"+4.00 ± {4.303 / math.sqrt(3):.2f} (1.00)" in row
+    assert "56.00 ± 7.45 (3.00)" in row
+    assert list(verify.verify(page)) == []
 
 
 def test_a_figure_that_no_run_backs_is_found(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def add_to(render: argparse.ArgumentParser) -> None:
     add = render.add_argument
     add("source", choices=SOURCES,
         help="`irkd render SOURCE --help` shows what it has; docs/data.md its layouts")  # fmt: skip
-    add("--path", type=Path, help="where the source's files are")
+    add("--path", help="where the source's files are; of wds also a URL, see docs/streaming.md")
     add("--out", type=Path, required=True, help="folder of the shards")
     add("--resolutions", metavar="R,R,...", help="in pixels, e.g. 12,16,20,24,28,32")
     add("--crop-pct", type=float, default=1.0, metavar="P",
@@ -38,8 +38,10 @@ def add_to(render: argparse.ArgumentParser) -> None:
     add("--classes", metavar="NAMES",
         help="names or an order of the classes: a,b,c or a file with one a line")  # fmt: skip
     add("--samples-per-shard", type=int, default=2000, metavar="N")
+    add("--shuffle", action="store_true",
+        help="training samples to shards by chance (--seed), as data.order=shard needs them")  # fmt: skip
     add("--val-fraction", type=float, default=0.1, metavar="F", help="held out of train (default 0.1)")
-    add("--seed", type=int, default=42, help="of the held-out choice and of synthetic images")
+    add("--seed", type=int, default=42, help="of the held-out choice, of --shuffle, and of synthetic images")
     add("--workers", type=int, default=1, metavar="N", help="processes; no influence on the result")
     add("--max-bad", type=int, default=0, metavar="N", help="unreadable images skipped before it stops")
     add("--limit", type=int, metavar="N", help="samples of each split at most")

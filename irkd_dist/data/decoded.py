@@ -15,6 +15,7 @@ from torch import Tensor
 
 from irkd_dist.data import memory, sampler
 from irkd_dist.data.pixels import decode, sound
+from irkd_dist.data.remote import Url
 from irkd_dist.data.shards import Encoding, Manifest, Split, open_split
 from irkd_dist.data.shared import Node, Region
 from irkd_dist.errors import UserError
@@ -26,13 +27,18 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Dataset:
-    """Which samples are read: a split of a folder of shards, or `subset` of its samples."""
+    """Which samples are read: a split of a folder of shards, or `subset` of its samples.
 
-    folder: Path
+    order, block: of an epoch that is trained on, see `sampler.order` and `sampler.shard_order`.
+    """
+
+    folder: Path | Url
     manifest: Manifest
     split: str
     subset: int | None = None
     verify: Literal["checksum", "size"] = "checksum"
+    order: Literal["exact", "shard"] = "exact"
+    block: int = 8
 
     def open(self, resolution: int) -> Split:
         """The split's shards at a stored resolution; raises UserError as `shards.open_split` does."""
@@ -70,7 +76,8 @@ class Images:
     Threads and processes may take at once: a row filled twice gets the same pixels. Images in RAM are one copy for the
     processes of a node, each of which fills what it is the first to take.
 
-    kept: where decoded images stay, as it was decided; note: why that is not what was asked for.
+    kept: where decoded images stay, as it was decided; note: why that is not what was asked for. by_shard: how many
+    rows are in each shard, which they follow.
     """
 
     _region: Region | None = None
@@ -88,6 +95,7 @@ class Images:
             everything = np.arange(len(labels))
             self.ids = everything if data.subset is None else balanced_subset(labels, data.subset)
             self.labels = labels[self.ids]
+            self.by_shard = np.bincount(self._split.shard[self.ids], minlength=1)
             self._filled = np.zeros(len(self.ids), dtype=bool)
             self._sound = np.full(len(labels), -1)  # checksums of images that were found so
             self.note: str | None = None
@@ -114,6 +122,14 @@ class Images:
     def shared(self) -> bool:
         """Whether the images are one copy for all processes of the node."""
         return self._region is not None
+
+    def expect(self, at_once: int, sources: int = 1) -> str | None:
+        """Prepare for reads out of so many shards at once, as one of so many sources; a note, where that is slow."""
+        return self._split.expect(at_once, sources)
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Have the shards of these rows come, in their order, where they are not on this machine or decoded."""
+        self._split.prefetch(self.ids[rows if self._cache is None else rows[~self._filled[rows]]])
 
     def close(self) -> None:
         """Close the files and let the images go."""
@@ -184,14 +200,13 @@ class Images:
 
     def _decode(self, rows: np.ndarray) -> Tensor:
         ids = self.ids[rows].tolist()
-        images = [self._decode_one(i) for i in ids]
+        images = [self._decode_one(i, data) for i, data in zip(ids, self._split.images(ids), strict=True)]
         for i, image in zip(ids, images, strict=True):
             if image.shape != self._shape:
                 raise self._unreadable(i, f"its shape is {tuple(image.shape)}, not {tuple(self._shape)}")
         return torch.stack(images)
 
-    def _decode_one(self, i: int) -> Tensor:
-        data = self._split.image(i)
+    def _decode_one(self, i: int, data: bytes) -> Tensor:
         # looked through once, and again only when the bytes are others: a fifth of the time at 32 px
         checksum = zlib.crc32(data)
         if self._sound[i] != checksum and sound(data, self._encoding):

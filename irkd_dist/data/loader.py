@@ -29,6 +29,8 @@ from irkd_dist.errors import UserError
 
 T = TypeVar("T")
 
+_IN_ORDER = 4  # shards that steps made side by side read out of, where samples come in order
+
 
 @dataclass
 class Batch:
@@ -91,7 +93,14 @@ class Loader:
                 opened.callback(self._all[size].close)
             self._opened = opened.pop_all()
         self._views = self._all[view.resolution]
+        self._by_shard, self._block = tuple(self._views.images.by_shard.tolist()), None
+        at_once = len(self._by_shard) if view.augment is not None else _IN_ORDER
+        if data.order == "shard" and view.augment is not None:
+            self._block = at_once = data.block
+        sources = [source for views in self._all.values() for source in views.sources]
+        slow = [source.expect(at_once, len(sources)) for source in sources]
         self.notes = [note for views in self._all.values() for note in views.notes]
+        self.notes += [note for note in slow if note]
         self.kept = {size: where for views in self._all.values() for size, where in views.kept.items()}
         self.ids, self.labels = self._views.images.ids, self._views.images.labels
         if min(batch, len(self.ids)) < least:
@@ -101,6 +110,7 @@ class Loader:
                 "slice and micro-batch; use a larger data.batch, or fewer slices or micro-batches"
             )
         self.steps_per_epoch = sampler.steps_per_epoch(len(self.ids), batch, least)
+        self.notes += self._one_sided()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -124,6 +134,7 @@ class Loader:
         pairs: dict[str, Any] | None = None
         if augment and augment.mixes:
             of_batch = {"of": "batch", "batch": self.batch, "least": self.least}
+            of_batch |= {} if self._block is None else {"order": ["shard", self._block]}
             pairs = {"samples": len(self), **({"of": "split"} if augment.draws else of_batch)}
         own = {"classes": self.classes, "pairs": pairs, "device": self.device.type}
         return {**self._views.key(), **own}
@@ -160,6 +171,7 @@ class Loader:
         chosen: Sequence[int] | None = None,
     ) -> Generator[T, None, None]:
         steps = range(start_step, self.steps_per_epoch) if chosen is None else chosen
+        self._prefetch(epoch, steps)
         made = _ahead(lambda step: _mark(self._make(epoch, step)), steps, self.workers, self.device)
         with contextlib.closing(made):
             while True:
@@ -180,15 +192,39 @@ class Loader:
 
     def _rows(self, epoch: int, step: int) -> np.ndarray:
         """The global batch, each as row * repeats + which of its repeats: the row, where each comes once."""
-        shuffle = self.view.augment is not None
-        bounds = (len(self), self.batch, self.least)
-        if self.repeats == 1:
+        shuffle, bounds = self.view.augment is not None, (len(self), self.batch, self.least)
+        if self.repeats == 1 and self._block is None:
             return sampler.global_batch(self.seed, epoch, step, *bounds[:2], shuffle, self.least)
         start, stop = sampler.bounds(*bounds)[step : step + 2]
         at = np.arange(start, stop)
-        return (
-            sampler.order(self.seed, epoch, len(self))[at // self.repeats] * self.repeats + at % self.repeats
-        )
+        return self._order(epoch)[at // self.repeats] * self.repeats + at % self.repeats
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The rows in the order of an epoch that is trained on."""
+        if self._block is None:
+            return sampler.order(self.seed, epoch, len(self))
+        return sampler.shard_order(self.seed, epoch, self._by_shard, self._block)
+
+    def _one_sided(self) -> list[str]:
+        """What a user should know of shards that hold a class after another, where blocks of them are shuffled."""
+        if self._block is None or len(self._by_shard) <= self._block:
+            return []
+        size = sum(self._by_shard) * self._block // len(self._by_shard)
+        first = self.labels[self._order(0)[:size]]
+        found, due = len(np.unique(first)), sampler.classes_by_chance(self.labels, size)
+        if found >= due / 2:
+            return []
+        return [
+            f"warning: data.order=shard: the first {size:,} images of an epoch have {found} classes, {due:.0f} are to "
+            "be expected: shards hold a class after another; render with --shuffle, or use a larger data.order_block"
+        ]
+
+    def _prefetch(self, epoch: int, steps: Sequence[int]) -> None:
+        """Have the shards of these steps come, all ranks' samples: they share them on a node."""
+        for views in self._all.values():
+            rows = [self._rows(epoch, s) // self.repeats for s in steps if self._at(epoch, s) is views]
+            for source in views.sources if rows else ():
+                source.prefetch(np.concatenate(rows))
 
     def _at(self, epoch: int, step: int) -> Views:
         """What is seen at a step."""

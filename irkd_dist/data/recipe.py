@@ -23,7 +23,7 @@ class Augment:
     padding: Annotated[int, Field(ge=0, le=4096)] = 4  # pixels of the random crop's padding ...
     # ... at this resolution, in proportion elsewhere; null: the same everywhere
     padding_at: Annotated[int, Field(gt=0, le=4096)] | None = 32
-    flip: bool = True
+    flip: bool = True  # left to right, half of the images
     auto_augment: Share = 0.0  # share of images that AutoAugment changes
     erase: Share = 0.0  # share of images with a random rectangle erased
     mixup: Alpha = 0.0  # alpha of MixUp's Beta distribution

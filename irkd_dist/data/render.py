@@ -157,9 +157,11 @@ def _jobs(source: Source, options: Options) -> tuple[list[Job], dict[str, int]]:
         source_split, indices = places[split]
         if options.limit is not None:
             indices = np.sort(indices[order(options.seed, 0, len(indices))][: options.limit])
+        if options.shuffle and split == "train":
+            indices = indices[order(options.seed, 1, len(indices))]
         counts[split] = len(indices)
         for number, start in enumerate(range(0, len(indices), options.samples_per_shard)):
-            chunk = indices[start : start + options.samples_per_shard]
+            chunk = np.sort(indices[start : start + options.samples_per_shard])  # sources read in their order
             labels = source.labels[source_split][chunk]
             name = f"{split}-{number:06d}.tar"
             jobs.append(Job(split, name, key, source_split, tuple(chunk.tolist()), tuple(labels.tolist())))
@@ -178,6 +180,7 @@ def _semantic(options: Options) -> dict[str, Any]:
     left_out |= {"fit"} if options.fit == "crop" else set()
     left_out |= {"crop_pct"} if options.crop_pct == 1 else set()
     left_out |= {"white"} if options.white is None else set()
+    left_out |= set() if options.shuffle else {"shuffle"}
     return {k: v for k, v in asdict(options).items() if k not in left_out}
 
 

@@ -43,6 +43,7 @@ class Options:
         1.0  # part of a side that evaluation sees: `resolutions` are stored larger by its inverse
     )
     white: int | None = None  # of floats and 32-bit numbers; None: 1, 255 or 65535, as their values are
+    shuffle: bool = False  # each training shard has a random part of the split, not the next of the source
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ORDER_STREAM, PARTNER_STREAM, SCALE_STREAM = 0, 19, 20  # augment.py has 1 to 18, and those + 100, + 200, ...
+# augment.py has 1 to 18, and those + 100, + 200, ...
+ORDER_STREAM, PARTNER_STREAM, SCALE_STREAM, SHARD_STREAM = 0, 19, 20, 21
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -29,6 +30,28 @@ def order(seed: int, epoch: int, size: int) -> np.ndarray:
     permutation = np.argsort(_bits(seed, epoch, np.arange(size), ORDER_STREAM), kind="stable")
     permutation.flags.writeable = False
     return permutation
+
+
+@functools.lru_cache(maxsize=2)
+def shard_order(seed: int, epoch: int, counts: tuple[int, ...], block: int) -> np.ndarray:
+    """The order of one epoch of samples in shards of `counts` samples each: as `order`, but block by block.
+
+    The shards are put in a hash order of (seed, epoch, shard) and cut into blocks of `block` shards, the last maybe
+    fewer; within a block the samples stand in `order`'s hash order of (seed, epoch, sample).
+    """
+    place = np.empty(len(counts), np.int64)
+    shards = np.argsort(_bits(seed, epoch, np.arange(len(counts)), SHARD_STREAM), kind="stable")
+    place[shards] = np.arange(len(counts)) // block
+    of_sample = np.repeat(place, counts)
+    permutation = np.lexsort((_bits(seed, epoch, np.arange(len(of_sample)), ORDER_STREAM), of_sample))
+    permutation.flags.writeable = False
+    return permutation
+
+
+def classes_by_chance(labels: np.ndarray, size: int) -> float:
+    """How many classes `size` samples have in the mean, drawn by chance (with replacement) out of these."""
+    shares = np.unique(labels, return_counts=True)[1] / len(labels)
+    return float((1 - (1 - shares) ** size).sum())
 
 
 @functools.lru_cache(maxsize=2)

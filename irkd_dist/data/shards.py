@@ -19,11 +19,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from irkd_dist import files, typed
-from irkd_dist.data import index
+from irkd_dist.data import index, remote, streaming
 from irkd_dist.data.index import Index
 from irkd_dist.data.pixels import Encoding, decode
+from irkd_dist.data.remote import Url
 from irkd_dist.data.samples import Split
-from irkd_dist.errors import UserError, printable, reason, unreadable
+from irkd_dist.data.store import Wanted
+from irkd_dist.errors import Passing, UserError, printable, reason, unreadable
 
 __all__ = ["Encoding", "Manifest", "Mode", "Shard", "Split", "decode", "open_split"]
 
@@ -105,23 +107,23 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     files.write(folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n", mine=True)
 
 
-def load_manifest(folder: Path) -> Manifest:
+def load_manifest(folder: Path | Url) -> Manifest:
     """Read and check `folder/manifest.json`.
 
     Raises UserError: no such folder, no manifest (render unfinished or never run), not JSON, a manifest of
     another version, keys missing or of a wrong type, counts that do not add up.
     """
-    path = Path(folder) / MANIFEST
+    path = folder / MANIFEST
     try:
-        raw = typed.parse(files.read(path))
+        raw = typed.parse(files.read(path) if isinstance(path, Path) else _fetched(path))
     except FileNotFoundError:
-        raise UserError(_no_manifest(Path(folder))) from None
+        raise UserError(_no_manifest(Path(str(folder)))) from None
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable(Path(str(path)), error) from error
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); {_repair(Path(folder))}") from error
+        raise UserError(f"{path} is not valid JSON ({error}); {_repair(folder)}") from error
     if not isinstance(raw, dict) or "version" not in raw:
-        raise UserError(f"{path} is no manifest of irkd shards: it has no version; {_repair(Path(folder))}")
+        raise UserError(f"{path} is no manifest of irkd shards: it has no version; {_repair(folder)}")
     if raw["version"] != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {raw['version']!r}, this irkd reads version {FORMAT_VERSION}; "
@@ -132,7 +134,7 @@ def load_manifest(folder: Path) -> Manifest:
         _check_counts(manifest)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{path} is incomplete: {what}; {_repair(Path(folder))}") from error
+        raise UserError(f"{path} is incomplete: {what}; {_repair(folder)}") from error
     return manifest
 
 
@@ -145,7 +147,20 @@ def _no_manifest(folder: Path) -> str:
     return f"{folder} has no {MANIFEST}, so it is no folder of irkd shards; name the --out of irkd render"
 
 
-def _repair(folder: Path) -> str:
+def _fetched(manifest: Url) -> bytes:
+    try:
+        return remote.read(manifest)
+    except Passing:
+        raise
+    except UserError as error:
+        raise UserError(
+            f"{error}; data.shards names the folder that irkd render wrote, with {MANIFEST} in it"
+        ) from error
+
+
+def _repair(folder: Path | Url) -> str:
+    if isinstance(folder, Url):
+        return "upload again, whole, the folder that irkd render wrote (irkd verify FOLDER checks it)"
     return (
         f"render again: the same `irkd render ... --out {folder}` command "
         "replaces what is missing or damaged and keeps the rest"
@@ -224,7 +239,7 @@ def _check_counts(manifest: Manifest) -> None:
 
 
 def open_split(
-    folder: Path,
+    folder: Path | Url,
     manifest: Manifest,
     split: str,
     resolution: int,
@@ -232,11 +247,11 @@ def open_split(
 ) -> Split:
     """Open the shards of one split at one resolution.
 
-    verify "checksum" reads every file once and compares its sha256, "size" compares the size only.
+    verify "checksum" reads every file once and compares its sha256, "size" compares the size only; what comes from a
+    URL is compared when it is downloaded.
     Raises UserError: split or resolution not in the manifest; a shard missing, truncated, altered, or with
     other samples than the manifest says.
     """
-    folder = Path(folder)
     if split not in manifest.splits:
         raise UserError(f"{folder} has no split {split!r}; it has {', '.join(manifest.splits)}")
     if resolution not in manifest.resolutions:
@@ -244,23 +259,37 @@ def open_split(
         raise UserError(
             f"{folder} has no resolution {resolution}, only {have}; render it too: irkd render --resolutions"
         )
+    listed = manifest.shards[f"r{resolution}"][split]
+    if isinstance(folder, Url):
+        return _remote_split(folder / f"r{resolution}", manifest, listed)
     paths, indices = [], []
-    for shard in manifest.shards[f"r{resolution}"][split]:
+    for shard in listed:
         path = folder / f"r{resolution}" / shard.name
         problem = damage(path, shard, verify)
         if problem:
             raise UserError(f"{path} {problem}; {_repair(folder)}")
         try:
             part = index_of(path, shard, manifest.encoding)
-            _check_labels(part, len(manifest.classes))
+            _check_index(part, shard, len(manifest.classes))
         except (ValueError, OSError) as error:
             raise UserError(f"{path} is not a shard of this manifest: {error}; {_repair(folder)}") from error
-        if len(part) != shard.samples:
-            counts = f"{len(part)} samples, the manifest says {shard.samples}"
-            raise UserError(f"{path} has {counts}; {_repair(folder)}")
         paths.append(path)
         indices.append(part)
     return Split(paths, indices)
+
+
+def _remote_split(folder: Url, manifest: Manifest, listed: tuple[Shard, ...]) -> Split:
+    wanted = [Wanted(folder / shard.name, shard.sha256, shard.bytes) for shard in listed]
+    held = streaming.Remote(wanted)
+    try:
+        indices = streaming.indices(wanted, [shard.index for shard in listed], manifest.encoding)
+        for part, shard in zip(indices, listed, strict=True):
+            _check_index(part, shard, len(manifest.classes))
+    except ValueError as error:
+        raise UserError(
+            f"{folder} has shards that are not this manifest's: {error}; {_repair(folder)}"
+        ) from error
+    return Split(held, indices)
 
 
 def index_of(path: Path, shard: Shard, encoding: Encoding) -> Index:
@@ -282,7 +311,9 @@ def scan(path: Path, encoding: Encoding) -> Index:
         return index.scan(lambda count, offset: os.pread(file.fileno(), count, offset), size, encoding)
 
 
-def _check_labels(part: Index, classes: int) -> None:
+def _check_index(part: Index, shard: Shard, classes: int) -> None:
+    if len(part) != shard.samples:
+        raise ValueError(f"it has {len(part)} samples, the manifest says {shard.samples}")
     wrong = np.flatnonzero((part.labels < 0) | (part.labels >= classes))
     if wrong.size:
         label, key = part.labels[wrong[0]], part.keys[wrong[0]]

@@ -63,7 +63,8 @@ class View:
 class Views:
     """The samples of a data set as a view shows them, on the device; close it to close the shards' files.
 
-    images: those that the view's images are made of. notes: what was not kept as asked, and why.
+    images: those that the view's images are made of; sources: with those of the full image. notes: what was not kept
+    as asked, and why.
     """
 
     def __init__(self, data: Dataset, view: View, seed: int, work: Work) -> None:
@@ -83,9 +84,9 @@ class Views:
             self.images = images(stored)
             self._full = self.images if full == stored else images(full) if full is not None else None
             self._files = files.pop_all()
-        sources = [self.images] if self._full in (None, self.images) else [self.images, self._full]
-        self.notes = [source.note for source in sources if source.note]
-        self.kept = {source.size: source.kept for source in sources}
+        self.sources = [self.images] if self._full in (None, self.images) else [self.images, self._full]
+        self.notes = [source.note for source in self.sources if source.note]
+        self.kept = {source.size: source.kept for source in self.sources}
 
     def close(self) -> None:
         """Close the shards' files."""

@@ -25,12 +25,12 @@ from irkd_dist.distill.teacher import Teacher
 FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError)
 
 
-def why_not(device: torch.device, engine: str) -> str | None:
-    """Why nothing can be compiled here, in words; None if it can."""
+def why_not(device: torch.device, engine: str, inner_gradient: bool) -> str | None:
+    """Why nothing can be compiled here, in words; None if it can. inner_gradient: whether a forward takes one."""
     if engine in ("fsdp2", "zero3"):
         return f"engine={engine} gathers parameters in hooks, which cannot be compiled"
-    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        return f"torch {torch.__version__} cannot compile a gradient inside a forward; 2.14 can"
+    if inner_gradient and not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        return f"torch {torch.__version__} cannot compile a gradient inside a forward; 2.11 and later can"
     if device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "there is no Triton (pip install triton)"
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
@@ -50,7 +50,7 @@ def compiled(distiller: Distiller, backend: str = "inductor") -> Distiller:
 
 def compiled_teacher(teacher: Teacher, backend: str = "inductor") -> Teacher:
     """The same for a teacher's logits and maps."""
-    teacher.compute = Compiled(teacher.answer, "the teacher", backend)
+    teacher.compute = Compiled(teacher.answer, "the teacher", backend, leaf=True)
     return teacher
 
 
@@ -60,14 +60,20 @@ class Compiled:
     A batch smaller than another of its resolution (the last of an epoch), or of two samples, is not worth a graph of
     its own and runs as it is.
     What torch cannot compile runs as it is from then on, with one line that says so.
+
+    leaf: the compiled function is given images that ask for a gradient, as torch 2.11 lets nothing inside a graph begin
+    to; what no tap's gradient passes is left out of the graph all the same.
     """
 
-    def __init__(self, function: Callable[..., Any], what: str, backend: str = "inductor") -> None:
+    def __init__(
+        self, function: Callable[..., Any], what: str, backend: str = "inductor", leaf: bool = False
+    ) -> None:
         # a stage is a shape, and with saliency on every k-th step two
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        # the backward is compiled with the forward, so that what fails there is seen here
-        torch._functorch.config.force_non_lazy_backward_lowering = True
-        self.function, self.what = function, what
+        # the backward is compiled with the forward, so that what fails there is seen here; not known to every torch
+        if hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
+            torch._functorch.config.force_non_lazy_backward_lowering = True
+        self.function, self.what, self.leaf = function, what, leaf
         self.fast: Callable[..., Any] | None = torch.compile(
             function, fullgraph=True, dynamic=False, backend=backend
         )
@@ -79,7 +85,7 @@ class Compiled:
         if self.fast is None or len(images) < max(self.rows[size], 3):
             return self.function(images, *more)
         try:
-            return self.fast(images, *more)
+            return self.fast(images.detach().requires_grad_() if self.leaf else images, *more)
         except FAILURES as error:
             result = self.function(images, *more)  # raises what is the user's own mistake
             self.fast = None

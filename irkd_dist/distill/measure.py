@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,9 +18,10 @@ from irkd_dist.distill.teacher import Teacher
 class Labelled(Protocol):
     """The part of a batch that is read here: images (B, 3, r, r), labels (B,), weight (B,) with 0 for padding.
 
-    full (B, 3, R, R): what the teacher sees, if not the images.
+    full (B, 3, R, R): what the teacher sees, if not the images. ids (B,): numbers within the split.
     """
 
+    ids: np.ndarray
     images: Tensor
     labels: Tensor
     weight: Tensor
@@ -84,6 +86,53 @@ def correct_and_count(model: nn.Module, batches: Iterable[Labelled], autocast: t
     model.train(training)
     assert counts is not None, "an evaluation loader gives at least one batch"
     return counts
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says of samples, one row each: arrays (N,), on the host."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    predicted: np.ndarray  # class; -1 where the logits are not finite
+    confidence: np.ndarray  # probability of that class
+    truth: np.ndarray  # probability of the label
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return float((self.predicted == self.labels).sum() / len(self.labels))
+
+    @staticmethod
+    def joined(parts: list[Answers]) -> Answers:
+        """The answers of several processes, in the order of ids."""
+        order = np.argsort(np.concatenate([p.ids for p in parts]), kind="stable")
+        names = ("ids", "labels", "predicted", "confidence", "truth")
+        return Answers(*(np.concatenate([getattr(p, name) for p in parts])[order] for name in names))
+
+    def pairs(self) -> list[list[int]]:
+        """Confusion as (label, predicted, how often), of those that occur; -1 is no finite answer."""
+        found, counts = np.unique(np.stack((self.labels, self.predicted)), axis=1, return_counts=True)
+        return [[int(a), int(b), int(n)] for (a, b), n in zip(found.T, counts, strict=True)]
+
+
+@torch.no_grad()
+def answers(model: nn.Module, batches: Iterable[Labelled], autocast: torch.dtype | None) -> Answers:
+    """What a model says of this process's share of samples, in evaluation mode; padding is left out."""
+    training, rows = model.training, []
+    model.eval()
+    for batch in batches:
+        with torch.autocast(batch.images.device.type, autocast, enabled=autocast is not None):
+            logits = models.inference_logits(model(batch.images)).float()
+        finite, real = logits.isfinite().all(dim=1), (batch.weight > 0).cpu().numpy()
+        shares = logits.softmax(dim=1)
+        confidence, predicted = shares.max(dim=1)
+        truth = shares.gather(1, batch.labels[:, None])[:, 0]
+        predicted = torch.where(finite, logits.argmax(dim=1), -1)
+        told = [batch.labels, predicted, *(torch.where(finite, v, 0.0) for v in (confidence, truth))]
+        rows.append([np.asarray(batch.ids)[real], *(t.cpu().numpy()[real] for t in told)])
+    model.train(training)
+    return Answers(*(np.concatenate(column) for column in zip(*rows, strict=True)))
 
 
 def agreement(

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from irkd_dist.distill import losses, methods, models, saliency, taps
+from irkd_dist.distill import features, losses, methods, models, saliency, taps
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Objective:
     method: str = "gradient"
     normalization: Literal["minmax", "l2"] = "minmax"
     taps: tuple[str, ...] = ()  # module paths in the student, void ones left out
+    feature_kind: Literal["cosine", "mse"] = "cosine"
+    feature_taps: tuple[str, ...] = ()  # module paths in the student, one for each of its projections
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Targets:
 
     logits: Tensor | None = None  # (B, K) in fp32
     maps: list[Tensor] | None = None  # one (A, h', w') a tap in fp32, for the first A samples of the batch
+    features: list[Tensor] | None = None  # one (B, h', w', D) a pair of feature taps
 
 
 class Distiller(nn.Module):
@@ -61,6 +64,7 @@ class Distiller(nn.Module):
         self.inner_grad_context = inner_grad_context
         methods.load(objective.method)
         taps.put_taps(student, objective.taps)
+        features.put_keepers(student, objective.feature_taps)
 
     # `compiling` may put a compiled one in its place
     def forward(
@@ -72,6 +76,7 @@ class Distiller(nn.Module):
         alpha: float = 0.0,
         gamma: float = 0.0,
         saliency_scale: float = 1.0,
+        beta: float = 0.0,
     ) -> dict[str, Tensor]:
         """Compute the named loss terms of a batch share.
 
@@ -80,11 +85,39 @@ class Distiller(nn.Module):
         whose saliency is aligned; `saliency_scale` is global batch / global A. A term of weight 0 is not computed.
 
         Returns:
-            Scalars: `total` to differentiate, the detached terms `ce`, `kd`, `saliency` where they are computed,
-            `correct` (samples right) and `flat` (maps without a shape).
+            Scalars: `total` to differentiate, the detached terms `ce`, `kd`, `saliency`, `features` where they are
+            computed, `correct` (samples right) and `flat` (maps without a shape).
         """
+        terms, counts = self.terms(images, target, weight, targets, alpha, gamma, saliency_scale, beta)
+        ce_weight, kd_weight, saliency_weight = losses.term_weights(self.objective.form, alpha, gamma)
+        total = ce_weight * terms["ce"]
+        if "kd" in terms:
+            total = total + kd_weight * terms["kd"]
+        if "saliency" in terms:
+            total = total + saliency_weight * terms["saliency"]
+        if "features" in terms:
+            total = total + beta * terms["features"]
+        return {name: term.detach() for name, term in terms.items()} | counts | {"total": total}
+
+    def terms(
+        self,
+        images: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        targets: Targets,
+        alpha: float,
+        gamma: float,
+        saliency_scale: float = 1.0,
+        beta: float = 0.0,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The terms of `forward` before their weights, to differentiate; and the counts `correct` and `flat`."""
         aligned, maps = len(targets.maps[0]) if gamma and targets.maps else 0, []
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+        theirs_of_features = targets.features if beta and targets.features else []
+        wanted, distances = self.objective.feature_taps if theirs_of_features else (), None
+        with (
+            torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None),
+            features.keeping(self.student, wanted) as kept,
+        ):
             if not aligned:
                 output = self.student(images)
             else:
@@ -99,15 +132,17 @@ class Distiller(nn.Module):
                 )
                 if aligned < len(images):
                     output = _joined(output, self.student(images[aligned:]))
+            if wanted:
+                ours = features.grids(self.student, wanted, kept, (images.shape[2], images.shape[3]))
+                projections = self.student.get_submodule(features.PROJECTIONS)
+                distances = features.loss(ours, theirs_of_features, projections, self.objective.feature_kind)
         logits = models.inference_logits(output)
         class_logits, distilled_logits = output if isinstance(output, tuple) else (output, output)
         distils = alpha > 0 and targets.logits is not None
-        ce_weight, kd_weight, saliency_weight = losses.term_weights(self.objective.form, alpha, gamma)
 
         # without distillation both heads of a distilled student learn from the labels, as inference uses both
-        ce = (weight * losses.cross_entropy(class_logits if distils else logits, target)).sum()
-        total = ce_weight * ce
-        terms = {"ce": ce.detach()}
+        ce = losses.cross_entropy(class_logits if distils else logits, target)
+        terms, counts = {"ce": (weight * ce).sum()}, {}
         if distils:
             assert targets.logits is not None
             if self.objective.kd_kind == "hard":
@@ -116,22 +151,20 @@ class Distiller(nn.Module):
                 per_sample = losses.soft_distillation(
                     distilled_logits, targets.logits, self.objective.temperature
                 )
-            kd = (weight * per_sample).sum()
-            total = total + kd_weight * kd
-            terms["kd"] = kd.detach()
+            terms["kd"] = (weight * per_sample).sum()
         if maps:
             assert targets.maps is not None
             theirs = [
                 saliency.resize_map(m, ours.shape[1:]) for m, ours in zip(targets.maps, maps, strict=True)
             ]
             per_sample, flat = saliency.saliency_loss(maps, theirs, self.objective.normalization)
-            term = saliency_scale * (weight[: len(per_sample)] * per_sample).sum()
-            total = total + saliency_weight * term
-            terms |= {"saliency": term.detach(), "flat": flat}
+            terms["saliency"] = saliency_scale * (weight[: len(per_sample)] * per_sample).sum()
+            counts["flat"] = flat
+        if distances is not None:
+            terms["features"] = (weight * distances).sum()
         label = target if target.ndim == 1 else target.argmax(dim=1)
-        terms["correct"] = ((logits.argmax(dim=1) == label) & (weight > 0)).sum()
-        terms["total"] = total
-        return terms
+        counts["correct"] = ((logits.argmax(dim=1) == label) & (weight > 0)).sum()
+        return terms, counts
 
 
 def _joined(first: taps.Output, rest: taps.Output) -> taps.Output:

@@ -34,7 +34,7 @@ class TapPoint:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if not self.open:
             return None
-        if torch.is_grad_enabled() and not output.requires_grad:
+        if isinstance(output, Tensor) and torch.is_grad_enabled() and not output.requires_grad:
             output = output.detach().requires_grad_()
         self.kept = output
         return output
@@ -47,7 +47,10 @@ class TapPoint:
 
 def put_taps(model: nn.Module, paths: Iterable[str]) -> dict[str, TapPoint]:
     """Put tap points at module paths into a model, where it has none yet; returns all it has."""
-    points: dict[str, TapPoint] = model.__dict__.setdefault(POINTS, {})
+    points: dict[str, TapPoint] | None = getattr(model, POINTS, None)
+    if points is None:  # asked this way since torch 2.11 cannot compile __dict__'s methods
+        points = {}
+        setattr(model, POINTS, points)
     for path in paths:
         if path not in points:
             module = model.get_submodule(path)
@@ -101,6 +104,15 @@ def tapped_forward(model: nn.Module, images: Tensor, paths: list[str]) -> tuple[
     kept = []
     for path, feature in zip(paths, features, strict=True):
         if feature is None:
-            raise UserError(f"saliency.taps: {type(model).__name__} does not call its module {path!r}")
+            names = ", ".join(n for n, _ in model.named_children())
+            raise UserError(
+                f"saliency.taps: {type(model).__name__} does not call its module {path!r}; tap one that it does "
+                f"(its children: {names})"
+            )
+        if not isinstance(feature, Tensor):
+            what = f"gives a {type(feature).__name__}, no tensor"
+            raise UserError(
+                f"saliency.taps: {path!r} of {type(model).__name__} {what}; tap a module inside it"
+            )
         kept.append(feature)
     return output, kept

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from irkd_dist.distill import saliency
 from irkd_dist.distill.measure import TappedModel
+from irkd_dist.distill.places import reads_only_prefix_tokens
 from irkd_dist.distill.points import feature_info
-from irkd_dist.distill.taps import MissingGradient, reads_only_prefix_tokens
+from irkd_dist.distill.taps import MissingGradient
 from irkd_dist.distill.teacher import Teacher
 from irkd_dist.errors import UserError
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -39,6 +40,8 @@ class SmallResNet(nn.Module):
     Args:
         widths: channels of the stem and of each stage.
         scale: of the logits; a maximum over normalised channels would else begin with large ones.
+        size: side in pixels to which images are resized first (bicubic), so that things have one scale for the
+            convolutions whatever the stage's resolution; every image then costs as much as one of that side.
     """
 
     def __init__(
@@ -48,8 +51,10 @@ class SmallResNet(nn.Module):
         widths: tuple[int, int, int, int] = (32, 64, 256, 256),
         drop_rate: float = 0.0,
         scale: float = 0.125,
+        size: int | None = None,
     ) -> None:
         super().__init__()
+        self.size = size
         self.num_classes, self.num_features, self.scale = num_classes, widths[-1], scale
         self.stem = _convolution(in_chans, widths[0])
         self.stages = nn.Sequential(*(Stage(a, b) for a, b in itertools.pairwise(widths)))
@@ -62,7 +67,9 @@ class SmallResNet(nn.Module):
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, r, r) -> (B, C, r / 8, r / 8)."""
+        """(B, 3, r, r) -> (B, C, s / 8, s / 8), s = `size` or r."""
+        if self.size is not None and x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, size=self.size, mode="bicubic", antialias=True)
         return self.stages(self.stem(x))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 import torch._dynamo.config  # timm has imported it already
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from irkd_dist.distill import methods, saliency
+from irkd_dist.distill import methods, places, saliency
 from irkd_dist.distill.models import inference_logits
-from irkd_dist.distill.points import Output, put_taps, tapped_forward
+from irkd_dist.distill.points import Output, put_taps, tapped_forward  # noqa: F401 - put_taps
 from irkd_dist.errors import UserError
 
 # torch.compile then takes the inner gradient into the graph of the forward, the outer backward through it included
@@ -31,20 +30,24 @@ class Tap:
 
 
 def tap_pairs(
-    student: nn.Module, teacher: nn.Module, spec: str | list[Any], method: str, strict_paper: bool = False
-) -> list[tuple[Tap, Tap]]:
+    student: nn.Module, teacher: nn.Module, spec: str | list[Any], method: str, strict_paper: bool = False,
+    sizes: tuple[int | None, int | None] = (None, None),
+) -> list[tuple[Tap, Tap]]:  # fmt: skip
     """Resolve the configured taps to pairs (student tap, teacher tap).
 
     `spec` is `"all"` or a list. An item that is a pair `[s, t]` is taken as written; a single name (`first`,
     `second`, `last`) is resolved in each model; a single block number of the student is paired in proportion
-    with the teacher's depth, as are all the student's blocks under `"all"`.
+    with the teacher's depth, as are all the student's blocks under `"all"`. sizes: side in pixels of the images that
+    each sees (None: what it is made for).
 
     Raises:
         UserError: a tap that a model does not have, or one where the method is not defined.
     """
     if isinstance(spec, str) and spec != "all":
         raise UserError(f"saliency.taps={spec!r}: give a list such as [first, second, last], or all")
-    items = list(range(depth(student, "all", "student"))) if spec == "all" else list(spec)
+    for model, role in ((student, "student"), (teacher, "teacher")):
+        methods.check(model, method, role)
+    items = list(range(len(places.places(student, "all", "student")))) if spec == "all" else list(spec)
     pairs = []
     for item in items:
         if isinstance(item, list):
@@ -52,7 +55,8 @@ def tap_pairs(
                 raise UserError(f"saliency.taps: {item} is not a pair [student tap, teacher tap]")
             first, second = item
         elif isinstance(item, int):
-            blocks, teacher_blocks = depth(student, item, "student"), depth(teacher, item, "teacher")
+            blocks = len(places.places(student, item, "student"))
+            teacher_blocks = len(places.places(teacher, item, "teacher"))
             if not 0 <= item < blocks:
                 raise UserError(f"saliency.taps: {item}: the student has blocks 0 to {blocks - 1}")
             first, second = item, round(item * (teacher_blocks - 1) / max(blocks - 1, 1))
@@ -62,36 +66,40 @@ def tap_pairs(
             first = second = item
         pairs.append(
             (
-                resolve_tap(student, first, method, "student", strict_paper),
-                resolve_tap(teacher, second, method, "teacher", strict_paper),
+                resolve_tap(student, first, method, "student", strict_paper, sizes[0]),
+                resolve_tap(teacher, second, method, "teacher", strict_paper, sizes[1]),
             )
         )
     return pairs
 
 
-def resolve_tap(model: nn.Module, name: int | str, method: str, role: str, strict_paper: bool = False) -> Tap:
+def resolve_tap(
+    model: nn.Module, name: int | str, method: str, role: str, strict_paper: bool = False, size: int | None = None
+) -> Tap:  # fmt: skip
     """Resolve one tap name to a module path.
 
-    Names: a block number, `first`, `second`, `last`, a block's `norm1` as `"3.norm1"`, `norm` (the final norm), or
-    any module path. Where the last block's output is void (under every gradient method with a class-token or
-    distillation head, see `reading`), `last` is that block's `norm1` output; `strict_paper` keeps the block's output.
+    Names: a block or stage number, `first`, `second`, `last`, a block's `norm1` as `"3.norm1"`, `norm` (the final
+    norm), or any module path. Where the last block's output is void (under every gradient method with a class-token or
+    distillation head, see `places.readings`), `last` is that block's `norm1` output, or else the last block or stage
+    that is not; `strict_paper` keeps the block's output. size: as `tap_pairs`.
     """
     text = str(name)
+    how = methods.load(method)
     if text in ("first", "second", "last") or re.fullmatch(r"\d+(\.norm1)?", text):
-        blocks = depth(model, name, role)
+        blocks = places.places(model, name, role)
         number, _, point = text.partition(".")
-        block = {"first": 0, "second": 1, "last": blocks - 1}.get(number)
+        block = {"first": 0, "second": 1, "last": len(blocks) - 1}.get(number)
         if block is None:
             block = int(number)
-        if block >= blocks:
-            raise UserError(f"saliency.taps: {name!r}: the {role} has blocks 0 to {blocks - 1}")
-        how = methods.load(method)
+        if block >= len(blocks):
+            raise UserError(f"saliency.taps: {name!r}: the {role} has blocks 0 to {len(blocks) - 1}")
+        path = blocks[block]
         if not how.INNER_GRADIENT:
-            path = f"blocks.{block}{how.BLOCK_TAP}"
-        elif point or (text == "last" and not strict_paper and _is_void(model, f"blocks.{block}", method)):
-            path = f"blocks.{block}.norm1"
-        else:
-            path = f"blocks.{block}"
+            path += how.BLOCK_TAP
+        elif point:
+            path += ".norm1"
+        elif text == "last" and not strict_paper:
+            path = _last(model, blocks, method, size)
     else:
         path = text
     try:
@@ -99,54 +107,25 @@ def resolve_tap(model: nn.Module, name: int | str, method: str, role: str, stric
     except AttributeError:
         names = ", ".join(n for n, _ in model.named_children())
         raise UserError(f"saliency.taps: the {role} has no module {path!r}; it has {names}") from None
-    how = methods.load(method)
     if not how.INNER_GRADIENT:
         how.check(model, path, role)
-    return Tap(path, void=_is_void(model, path, method))
+    return Tap(path, void=_is_void(model, path, method, size))
 
 
-def depth(model: nn.Module, name: object, role: str) -> int:
-    """Number of a transformer's blocks; `name`, the tap that asks, and `role` go into the error where it has none."""
-    blocks = getattr(model, "blocks", None)
-    if blocks is None:
-        names = ", ".join(n for n, _ in model.named_children())
-        raise UserError(
-            f"saliency.taps: {name!r} needs a {role} with blocks, and {type(model).__name__} has none: "
-            f"pair taps by module path, as [student tap, teacher tap] (children of the {role}: {names})"
-        )
-    return len(blocks)
+def _last(model: nn.Module, blocks: list[str], method: str, size: int | None) -> str:
+    """The last place with a map: of the last block, of its norm1, of the block before, and so on."""
+    modules = dict(model.named_modules())
+    for path in reversed(blocks):
+        inside = f"{path}.norm1"
+        for candidate in (path, *([inside] if inside in modules else [])):
+            if not _is_void(model, candidate, method, size):
+                return candidate
+    return blocks[-1]
 
 
-def reads_only_prefix_tokens(model: nn.Module) -> bool:
-    """Whether the head reads the class or distillation token alone, never the patch tokens."""
-    return getattr(model, "num_prefix_tokens", 0) > 0 and getattr(model, "global_pool", "") == "token"
-
-
-def reading(model: nn.Module, path: str) -> str:
-    """How the patch tokens at a tap of a ViT reach the logits.
-
-    `unread`: not at all, after the last attention where the head reads the prefix tokens alone. `norm`: through a norm
-    alone, which ignores its input's length. `mean`: the head reads their mean. `other`: any other way, or no ViT.
-    """
-    blocks: Any = getattr(model, "blocks", ())
-    last, before = f"blocks.{len(blocks) - 1}", f"blocks.{len(blocks) - 2}"
-    final_norm = not isinstance(getattr(model, "norm", None), (nn.Identity, type(None)))
-    prenorm = len(blocks) > 0 and isinstance(blocks[-1], Block)
-    if reads_only_prefix_tokens(model):
-        inside = path.removeprefix(last).removeprefix(".")
-        after = path.startswith(last) and not re.match(r"norm1|attn\.(?!proj|norm)", inside)
-        if path == "norm" or after:
-            return "unread"
-        return "norm" if prenorm and path == before else "other"
-    if prenorm and final_norm and path == last:
-        return "norm"
-    pooled = getattr(model, "global_pool", "") == "avg" and hasattr(model, "fc_norm")
-    return "mean" if pooled and (path == "norm" or (path == last and not final_norm)) else "other"
-
-
-def _is_void(model: nn.Module, path: str, method: str) -> bool:
+def _is_void(model: nn.Module, path: str, method: str, size: int | None) -> bool:
     how = methods.load(method)
-    return how.INNER_GRADIENT and reading(model, path) in how.VOID
+    return how.INNER_GRADIENT and bool(places.readings(model, path, size) & {*how.VOID})
 
 
 # ---- maps
@@ -181,7 +160,7 @@ def feature_gradients(
     """
     if not score.requires_grad:
         raise _missing(paths[0])
-    with context or nullcontext():
+    with nullcontext() if context is None else context:
         gradients = torch.autograd.grad(
             score, features, create_graph=create_graph, retain_graph=create_graph, allow_unused=True
         )
@@ -189,29 +168,6 @@ def feature_gradients(
         if gradient is None:
             raise _missing(path)
     return list(gradients)
-
-
-def token_grid(model: nn.Module, path: str, tokens: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of a tap's patch tokens on images of `size` (height, width).
-
-    Raises:
-        UserError: they form no grid of the image's shape.
-    """
-    height, width = size
-    patch: Any = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch is not None:
-        down, right = patch if isinstance(patch, (tuple, list)) else (patch, patch)
-        rows, columns = -(-height // down), -(-width // right)
-        if rows * columns == tokens:
-            return rows, columns
-    rows = max(round((tokens * height / width) ** 0.5), 1)
-    columns = tokens // rows
-    if tokens == 0 or rows * columns != tokens or rows * width != columns * height:
-        raise UserError(
-            f"saliency.taps: {path!r} gives {tokens} patch tokens, which form no grid on images of {height} x {width} "
-            "pixels; tap another module"
-        )
-    return rows, columns
 
 
 def forward_with_maps(
@@ -243,7 +199,7 @@ def forward_with_maps(
             output, features = tapped_forward(model, images, paths)
             flat = [how.saliency_map(model, path, f) for path, f in zip(paths, features, strict=True)]
             maps = [
-                m.unflatten(1, token_grid(model, path, m.shape[1], size))
+                m.unflatten(1, places.token_grid(model, path, m.shape[1], size))
                 for path, m in zip(paths, flat, strict=True)
             ]
         return output, maps
@@ -259,9 +215,9 @@ def forward_with_maps(
             gradients = dict(zip(differentiated, found, strict=True))
         maps = []
         for i, (path, feature) in enumerate(zip(paths, features, strict=True)):
-            tokens, grid = _patches(model, path, feature, size)
+            tokens, grid = places.tokens(model, path, feature, size)
             if i in gradients:
-                gradient, _ = _patches(model, path, gradients[i], size)
+                gradient, _ = places.tokens(model, path, gradients[i], size)
             else:
                 weight: Tensor = model.head.weight  # type: ignore[union-attr,assignment]
                 gradient = saliency.linear_head_gradient(weight, target, tokens.shape[1])
@@ -269,21 +225,6 @@ def forward_with_maps(
     if frozen:
         return _detached(output), [m.detach() for m in maps]
     return output, maps
-
-
-def _patches(
-    model: nn.Module, path: str, features: Tensor, size: tuple[int, int]
-) -> tuple[Tensor, tuple[int, int]]:
-    """Patch tokens (B, N, D) of a tap's features, and their rows and columns."""
-    prefix = int(getattr(model, "num_prefix_tokens", 0))
-    if features.ndim == 4:
-        last = put_taps(model, [path])[path].is_channels_last(features.shape)
-        grid = features.shape[1:3] if last else features.shape[2:4]
-        return saliency.patch_tokens(features, prefix, last), (grid[0], grid[1])
-    if features.ndim != 3:
-        raise UserError(f"saliency.taps: {path!r} gives {tuple(features.shape)}, no patch tokens and no grid")
-    tokens = saliency.patch_tokens(features, prefix)
-    return tokens, token_grid(model, path, tokens.shape[1], size)
 
 
 def _mean_pooled_linear(model: nn.Module) -> bool:

@@ -45,7 +45,7 @@ def read(path: Path, where: str) -> tuple[dict[str, Tensor], list[str]]:
     except SafetensorError as error:
         raise UserError(f"{where} is neither a safetensors nor a PyTorch file: {error}") from error
     notes: list[str] = []
-    tensors = _without_prefixes(_tensors(content, where, notes), where, notes)
+    tensors = without_prefixes(_tensors(content, where, notes), where, notes)
     return tensors, notes
 
 
@@ -112,7 +112,8 @@ def _tensors(content: Any, where: str, notes: list[str]) -> dict[str, Tensor]:
     return {str(key): value for key, value in found.items()}
 
 
-def _without_prefixes(tensors: dict[str, Tensor], where: str, notes: list[str]) -> dict[str, Tensor]:
+def without_prefixes(tensors: dict[str, Tensor], where: str, notes: list[str]) -> dict[str, Tensor]:
+    """The same in the same order without the prefixes that all names have; a note says which."""
     cut = ""
     while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in tensors)), None):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
@@ -144,7 +145,7 @@ def fit(
             advice = (
                 f"; {reset_key}=true starts a new head"
                 if reset_key
-                else "; fine-tune it on these shards first"
+                else "; give it one of these by `irkd probe`, fine-tune it first, or set teacher.logits=false"
             )
             raise UserError(
                 f"{where}: its head {name} has {classes} classes, the shards have {len(own[names[0]])}{advice}"
@@ -160,6 +161,18 @@ def fit(
             notes.append(f"{where}: pos_embed of {theirs.shape[1]} tokens is resampled to {ours.shape[1]}")
             fitted["pos_embed"] = resampled
     return fitted, notes
+
+
+def without_head(
+    model: nn.Module, tensors: Mapping[str, Tensor], where: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights without those of a head that the model has not, and a note if there are any."""
+    heads = tuple(f"{name}." for name in _heads(model))
+    kept = {k: v for k, v in tensors.items() if not k.startswith(heads)}
+    gone = (
+        [f"{where}: its head is left out, as teacher.logits=false asks"] if len(kept) < len(tensors) else []
+    )
+    return kept, gone
 
 
 def _heads(model: nn.Module) -> list[str]:

@@ -4,7 +4,8 @@ Everything comes from what a run leaves behind (events, configuration, panels, e
 images nor weights, and a run that is still going, or was cut short, has one too.
 """
 
+from irkd_dist.report.live import live
 from irkd_dist.report.maps import overlay
 from irkd_dist.report.page import write
 
-__all__ = ["overlay", "write"]
+__all__ = ["live", "overlay", "write"]

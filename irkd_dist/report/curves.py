@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from irkd_dist.eventlog import Event
 from irkd_dist.report import figures, reading
-from irkd_dist.report.figures import HALF, NARROW, STYLES, WIDE, Drawing, Plan, Theme
-from irkd_dist.report.reading import Evaluation, Run
+from irkd_dist.report.evaluations import Evaluation
+from irkd_dist.report.figures import HALF, NARROW, WIDE, Drawing, Plan, Table, Theme
+from irkd_dist.report.reading import Run
 
 STACKED = 4.75  # height of figures of panels over steps, the same so that they stand side by side
 LEAST_POINTS = 10.0  # of accuracy in per cent that an axis spans
-TERMS = {"total": "total", "ce": "cross-entropy", "kd": "distillation", "saliency": "saliency"}
+TERMS = {
+    "total": "total",
+    "ce": "cross-entropy",
+    "kd": "distillation",
+    "saliency": "saliency",
+    "features": "features",
+}
 
 
 def accuracy(run: Run) -> Plan | None:
@@ -21,7 +30,7 @@ def accuracy(run: Run) -> Plan | None:
     epochs, teacher, summary = run.of("evaluation"), run.last("teacher"), run.last("summary") or {}
     if not epochs:
         return None
-    spans, best = _epoch_spans(run), run.best or epochs[-1]
+    spans, best = epoch_spans(run), run.best or epochs[-1]
     held = "validation" if epochs[-1]["split"] != "test" else "test, in place of validation"
 
     def draw(figure: Figure, theme: Theme) -> None:
@@ -53,7 +62,8 @@ def accuracy(run: Run) -> Plan | None:
         caption += f" The shade is the 95 % interval of an accuracy counted over {count:,} images."
     alt = f"Training and validation accuracy over {len(epochs)} epochs at {shown}; at the end {last}."
     heights = {WIDE: 3.4, NARROW: 2.9}
-    return Plan("Accuracy over epochs", alt, caption, (WIDE, NARROW), heights.__getitem__, draw)
+    table = columns(epochs, ("step", "stage", "resolution", "epoch", "split", "train_accuracy", "accuracy"))
+    return Plan("Accuracy over epochs", alt, caption, (WIDE, NARROW), heights.__getitem__, draw, table=table)
 
 
 def resolutions(run: Run) -> Plan | None:
@@ -87,7 +97,10 @@ def resolutions(run: Run) -> Plan | None:
     alt = f"Training and validation accuracy within each stage: {', '.join(bests)}."
     caption = "The number at the upper right is the stage's best validation accuracy in per cent."
     title = "Accuracy within each stage"
-    return Plan(title, alt, caption, (WIDE, NARROW), lambda width: 0.5 + 1.85 * grid(width)[0], draw)
+    table = columns(run.of("evaluation"), ("resolution", "stage_epoch", "train_accuracy", "accuracy"))
+    return Plan(
+        title, alt, caption, (WIDE, NARROW), lambda width: 0.5 + 1.85 * grid(width)[0], draw, table=table
+    )
 
 
 def losses(run: Run) -> Plan | None:
@@ -105,7 +118,8 @@ def losses(run: Run) -> Plan | None:
         caption += f" Maps without a shape, which count as zero: up to {max(flat):.1f} a step."
     rows = [(n, TERMS[n], 1.0) for n in names]
     alt = f"Loss terms over {steps[-1]['step']:,} steps: {', '.join(ends)}."
-    return Plan("Loss terms", alt, caption, (HALF,), lambda _: STACKED, _stacked(run, rows))
+    table = columns(steps, ("step", "stage", *names))
+    return Plan("Loss terms", alt, caption, (HALF,), lambda _: STACKED, stacked(run, rows), table=table)
 
 
 def pace(run: Run) -> Plan | None:
@@ -118,11 +132,12 @@ def pace(run: Run) -> Plan | None:
         "data_wait": ("data wait, %", 100.0),
         "lr": ("learning rate", 1.0),
     }
-    draw = _stacked(run, [(key, *rest) for key, rest in keys.items()], zero=True)
+    draw = stacked(run, [(key, *rest) for key, rest in keys.items()], zero=True)
     alt = f"Images per second, share of time spent waiting for data ({reading.wait_share(steps) or 0:.1%} overall), "
     alt += "and learning rate over steps."
     caption = "Data wait: the share of the time in training steps that was spent waiting for the next batch."
-    return Plan("Speed, data, learning rate", alt, caption, (HALF,), lambda _: STACKED, draw)
+    table = columns(steps, ("step", "stage", "seconds", *keys))
+    return Plan("Speed, data, learning rate", alt, caption, (HALF,), lambda _: STACKED, draw, table=table)
 
 
 def teacher(run: Run) -> Plan | None:
@@ -158,7 +173,11 @@ def teacher(run: Run) -> Plan | None:
     told = (f"{r} px teacher {t:.1f}%" + (f", student {b:.1f}%" if b == b else "") for r, t, b in pairs)
     alt = f"Held-out accuracy by resolution: {'; '.join(told)}."
     caption = f"The teacher's accuracy was measured before training, on images {seen}."
-    return Plan("Teacher by resolution", alt, caption, (HALF,), lambda _: 2.9, draw)
+    table = (
+        ("resolution", "teacher", "student"),
+        [[s, t / 100, b / 100] for s, t, b in zip(sizes, levels, bests, strict=True)],
+    )
+    return Plan("Teacher by resolution", alt, caption, (HALF,), lambda _: 2.9, draw, table=table)
 
 
 def evaluation(run: Run, measured: Evaluation) -> Plan | None:
@@ -194,38 +213,9 @@ def evaluation(run: Run, measured: Evaluation) -> Plan | None:
     alt = f"Measured on the {measured.split} split over resolution; at the largest: {', '.join(ends)}."
     caption = "Filled points are resolutions that the run was trained at."
     height = 0.9 + 1.15 * max(len(parts), 2)
-    return Plan("Evaluation by resolution", alt, caption, (HALF,), lambda _: height, draw)
-
-
-def comparison(found: list[Run], keys: list[tuple[int, int]]) -> dict[str, Plan]:
-    """Validation curves of all runs over epochs and over time; `keys` are (colour, line style) of each run."""
-    lines = [
-        [(e["epoch"], t / 60, 100 * e["accuracy"]) for e, t in reading.timed_evaluations(r)] for r in found
-    ]
-    if not any(lines):
-        return {}
-
-    def plan(column: int, title: str, label: str, caption: str) -> Plan:
-        def draw(figure: Figure, theme: Theme) -> None:
-            axes = figure.subplots()
-            for line, (color, style) in zip(lines, keys, strict=True):
-                x, y = [p[column] for p in line], [p[2] for p in line]
-                drawn = list(STYLES.values())[style] + figures.mark(len(x))
-                axes.plot(x, y, drawn, color=theme.cycle[color], lw=1.6, ms=3.5)
-            axes.set(xlabel=label, ylabel="accuracy, %")
-            axes.set_xlim(left=0)
-            figures.widen(axes, LEAST_POINTS, 0, 100)
-            axes.xaxis.set_major_locator(figures.ticks(10, whole=column == 0))
-
-        ends = (f"{run.name} {line[-1][2]:.1f}%" for run, line in zip(found, lines, strict=True) if line)
-        alt = f"Validation accuracy of {len(found)} runs; last values: {', '.join(ends)}."
-        return Plan(title, alt, caption, (WIDE, NARROW), {WIDE: 3.2, NARROW: 2.8}.__getitem__, draw)
-
-    stops = "Time between a stop and a resume is left out."
-    return {
-        "epochs": plan(0, "Over epochs", "epoch", "Each at the resolution of the run's stage."),
-        "minutes": plan(1, "Over time", "minutes of training", stops),
-    }
+    names = ("resolution", "accuracy", "mse", "correlation", "pointing")
+    table = (names, [["" if v is None else v for v in row] for row in rows])
+    return Plan("Evaluation by resolution", alt, caption, (HALF,), lambda _: height, draw, table=table)
 
 
 def _plot_accuracies(
@@ -245,9 +235,11 @@ def _plot_accuracies(
         axes.plot([e[key] for e in epochs], y, style + mark, **line)
 
 
-def _stacked(run: Run, rows: list[tuple[str, str, float]], zero: bool = False) -> Drawing:
+def stacked(
+    run: Run, rows: list[tuple[str, str, float]], zero: bool = False, steps: list[Event] | None = None
+) -> Drawing:
     """Panels over steps, one above the other: (key of the train event, label, factor); `zero`: axes start there."""
-    steps, spans = run.of("train"), _step_spans(run)
+    steps, spans = run.of("train") if steps is None else steps, _step_spans(run)
 
     def draw(figure: Figure, theme: Theme) -> None:
         every = figure.subplots(len(rows), 1, sharex=True, squeeze=False).ravel()
@@ -270,7 +262,12 @@ def _stacked(run: Run, rows: list[tuple[str, str, float]], zero: bool = False) -
     return draw
 
 
-def _epoch_spans(run: Run) -> list[tuple[float, float, int]]:
+def columns(events: list[Event], names: Sequence[str]) -> Table:
+    """These values of events, as a table."""
+    return names, [["" if (value := e.get(name)) is None else value for name in names] for e in events]
+
+
+def epoch_spans(run: Run) -> list[tuple[float, float, int]]:
     """Each stage's first and last epoch, half an epoch wider on both sides, and its resolution."""
     return [(own[0]["epoch"] - 0.5, own[-1]["epoch"] + 0.5, own[0]["resolution"]) for own in run.epochs]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import csv
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -49,6 +51,7 @@ DARK = Theme(
 STYLES = {"solid": "-", "dashed": "--", "dotted": ":"}  # CSS and matplotlib, of lines whose colours repeat
 
 Drawing = Callable[[Figure, Theme], None]
+Table = tuple[Sequence[str], Sequence[Sequence[Any]]]
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,20 @@ class Plan:
     height: Callable[[float], float]
     draw: Drawing
     photographs: bool = False
+    table: Table = ((), ())  # what is drawn, as (columns, rows) of a CSV file
 
 
 def picture(file: Path | None, plan: Plan | None) -> dict[str, Any] | None:
-    """Draw a plan in light and dark, for page and phone; `file` gets the page's light one, as PNG."""
+    """Draw a plan in light and dark, for page and phone.
+
+    `file` gets the page's light one as PNG; beside it lie the numbers as CSV and, of what is no photograph, an SVG.
+    """
     if plan is None:
         return None
+    if file is not None:
+        write_table(file.with_suffix(".csv"), plan.table)
+        if not plan.photographs:
+            _write_svg(file.with_suffix(".svg"), plan)
     sources = []
     for width in reversed(plan.widths):
         size = (round(100 * width), round(100 * plan.height(width)))
@@ -83,6 +94,27 @@ def picture(file: Path | None, plan: Plan | None) -> dict[str, Any] | None:
     *others, (_, image, size) = sources
     words = {"title": plan.title, "alt": plan.alt, "caption": plan.caption}
     return {**words, "image": image, "size": size, "sources": others}
+
+
+def write_table(file: Path, table: Table) -> None:
+    """Columns and rows as CSV; nothing where there are no columns."""
+    columns, rows = table
+    if columns:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+        files.write(file, text.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def _write_svg(file: Path, plan: Plan) -> None:
+    width, buffer = plan.widths[0], io.BytesIO()
+    with matplotlib.rc_context(_style(LIGHT)):
+        figure = Figure((width, plan.height(width)), layout="constrained")
+        FigureCanvasSVG(figure)
+        plan.draw(figure, LIGHT)
+        figure.savefig(
+            buffer, format="svg", metadata={"Title": plan.title, "Description": plan.alt, "Date": None}
+        )
+    files.write(file, buffer.getvalue())
 
 
 def bands(axes: Axes, theme: Theme, spans: list[tuple[float, float, int]], label: bool = True) -> None:

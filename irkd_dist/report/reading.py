@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from irkd_dist import checkpoint, eventlog, files, runfolder, typed
+from irkd_dist import checkpoint, eventlog, runfolder, typed
 from irkd_dist import config as configuration
 from irkd_dist.config import Config, Stage
 from irkd_dist.data import shards
 from irkd_dist.errors import UserError
 from irkd_dist.eventlog import Event
+from irkd_dist.report.evaluations import Evaluation, read_evaluation
 from irkd_dist.training import panels
 
 
@@ -32,6 +33,7 @@ class Run:
     panels: list[tuple[int, int, dict[str, np.ndarray]]]
     evaluations: list[Evaluation]
     notices: list[str]  # what a reader must know about the record itself
+    log: list[Event]  # every event as it was written, also what a resume did again
 
     @property
     def stages(self) -> list[Stage]:
@@ -58,26 +60,12 @@ class Run:
         return next((e for e in reversed(self.events) if e["event"] == kind), None)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A result of `irkd evaluate`: rows of (resolution, accuracy, map error, map correlation, pointing)."""
-
-    split: str
-    checkpoint: str  # its folder's name; empty if not recorded
-    samples: int | None  # of the split
-    rows: list[tuple[int, float | None, float | None, float | None, float | None]]
-    rates: dict[str, float]  # images/s of student and teacher alone, at the largest resolution
-    data: str = ""  # other shards than the run's own
-
-
 def read(folder: Path) -> Run:
     """Read a run folder; what is missing or broken besides its configuration and events becomes a notice.
 
     Raises:
         UserError: it has no configuration or no events.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no run folder: there is no such folder")
     config = configuration.from_dict(runfolder.read_config(folder), str(folder / runfolder.CONFIG))
     log = eventlog.read_log(folder)
     events = _each_epoch_once(eventlog.settled(log.events))
@@ -88,12 +76,14 @@ def read(folder: Path) -> Run:
     evaluations = []
     for file in runfolder.evaluation_files(folder):
         try:
-            evaluations.append(read_evaluation(file))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            found, problem = read_evaluation(file)
+            evaluations.append(found)
+            notices += [problem] if problem else []
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             notices.append(f"{file.name} is not what irkd evaluate writes and was left out: {error}")
     classes = tuple(state.get("classes", ())) or _classes_of_shards(config)
     name, version = folder.resolve().name, state.get("package_version")
-    return Run(folder, name, config, events, classes, version, snapshots, evaluations, notices)
+    return Run(folder, name, config, events, classes, version, snapshots, evaluations, notices, log.events)
 
 
 def images(run: Run, split: str) -> int | None:
@@ -139,6 +129,39 @@ def timed_evaluations(run: Run) -> list[tuple[Event, float]]:
     return [(e, seconds) for e, seconds in timed if e["event"] == "evaluation"]
 
 
+def spent_flops(run: Run) -> list[tuple[Event, float]]:
+    """The evaluations, each with the floating-point operations of training up to it; none if they were not counted.
+
+    Images of each epoch times what an image costs in its stage; the teacher only for answers that no cache had.
+    """
+    costs = {e["stage"]: e for e in run.of("flops")}
+    found, spent, before = [], 0.0, 0
+    for event in run.events:
+        if event["event"] not in ("evaluation", "epoch"):
+            continue
+        cost = costs.get(event["stage"])
+        if cost is None or "images" not in event:
+            return []
+        lines = [e for e in run.of("train", event["stage"]) if before < e["step"] <= event["step"]]
+        hits, misses = (sum(e.get(k, 0) for e in lines) for k in ("cache_hits", "cache_misses"))
+        asked = misses / (hits + misses) if hits + misses else 1.0
+        spent += event["images"] * (cost["training"] + asked * cost.get("teacher", 0.0))
+        before = event["step"]
+        found += [(event, spent)] if event["event"] == "evaluation" else []
+    return found
+
+
+def joules(run: Run) -> float | None:
+    """Energy of training as far as the machine told; None if it did not."""
+    told = [e["energy_j"] for e in run.events if "energy_j" in e]
+    return sum(told) if told else None
+
+
+def probes(run: Run) -> list[Event]:
+    """What each epoch's end has measured, each epoch once."""
+    return [*{e["epoch"]: e for e in run.of("probe")}.values()]
+
+
 def total_seconds(run: Run) -> float:
     """Seconds of training; of an unfinished run up to its last event."""
     summary = run.last("summary")
@@ -178,34 +201,9 @@ def _newest_state(folder: Path) -> dict[str, Any]:
 
 def _classes_of_shards(config: Config) -> tuple[str, ...]:
     try:
-        return shards.load_manifest(Path(config.data.shards)).classes
+        return shards.load_manifest(configuration.shards_of(config)).classes
     except UserError:
         return ()
-
-
-def read_evaluation(file: Path) -> Evaluation:
-    """A result of `irkd evaluate`; ValueError, TypeError or AttributeError if it is none."""
-    values = typed.parse_checked(files.read(file))
-    parts = [values.get(key) or {} for key in ("accuracy", "agreement", "pointing")]
-    accuracy, agreement, pointing = ({int(k): v for k, v in part.items()} for part in parts)
-    rows = []
-    for size in sorted({*accuracy, *agreement, *pointing}):
-        maps = agreement.get(size) or {}
-        row = (accuracy.get(size), maps.get("mse"), maps.get("correlation"), pointing.get(size))
-        if not all(v is None or typed.is_real(v) for v in row):
-            raise ValueError(f"what it says of {size} px are no numbers")
-        rows.append((size, *(None if v is None or v != v else float(v) for v in row)))
-    if not rows:
-        raise ValueError("it has no result")
-    samples = values.get("samples")
-    rates = (values.get("images_per_s") or {}).get(str(rows[-1][0]), {})
-    if not all(typed.is_number(v) for v in rates.values()):
-        raise ValueError("its images_per_s are no numbers")
-    return Evaluation(
-        str(values.get("split", "test")), Path(str(values.get("checkpoint", ""))).name,
-        samples if typed.is_count(samples) and samples else None, rows, rates,
-        str(values.get("shards", "")) if "-data-" in file.stem else "",
-    )  # fmt: skip
 
 
 def _each_epoch_once(events: list[Event]) -> list[Event]:

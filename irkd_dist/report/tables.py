@@ -5,9 +5,12 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from irkd_dist.report import reading, words
-from irkd_dist.report.reading import Evaluation, Run
+from irkd_dist import happened as happened_
+from irkd_dist.report import course, reading, scores, words
+from irkd_dist.report.evaluations import Evaluation
+from irkd_dist.report.reading import Run
 
+MOST_ROWS = 60  # of what happened; the CSV has all
 Table = dict[str, Any]  # columns, rows of as many cells, and what the page marks in them
 
 
@@ -93,6 +96,63 @@ def evaluation(measured: Evaluation) -> Table:
     title += f", {measured.samples:,} images" if measured.samples else ""
     title += f", shards {measured.data}" if measured.data else ""
     return {"title": title, "columns": ["resolution", *(names[i] for i in kept)], "rows": rows}
+
+
+def mistaken(measured: Evaluation) -> Table | None:
+    """The student's most frequent mistakes, and how often the teacher makes them."""
+    pairs = scores.most_mistaken(measured, 8)
+    if not pairs:
+        return None
+    rows = [[a, b, str(n), "" if theirs is None else str(theirs)] for a, b, n, theirs in pairs]
+    return {"columns": ["class", "taken for", "by the student", "by the teacher"], "rows": rows}
+
+
+def cost(run: Run, price: float | None) -> Table:
+    """Time, operations, energy and money of training, as far as they are known."""
+    seconds, joules, counted = reading.total_seconds(run), reading.joules(run), reading.spent_flops(run)
+    world = (run.last("resume") or run.last("start") or {}).get("world")
+    rows = [["time", _duration(seconds), "training; stops and the final test left out"]]
+    if world:
+        rows.append(["time of all processes", _duration(seconds * world), f"{world} at the last start"])
+    if counted:
+        power, prefix = course.scale(counted[-1][1])
+        rate = counted[-1][1] / max(reading.timed_evaluations(run)[-1][1], 1e-9)
+        rates = course.scale(rate)
+        told = f"counted; {rate / rates[0]:.3g} {rates[1]}FLOPs a second"
+        rows.append(["operations", f"{counted[-1][1] / power:.3g} {prefix}FLOPs", told])
+    else:
+        rows.append(
+            ["operations", "not counted", "by an earlier release, or an engine that shards the weights"]
+        )
+    if joules is not None:
+        told = "as processors (RAPL) and GPUs (NVML) count it"
+        rows.append(["energy", f"{joules / 3.6e6:.3g} kWh", told])
+    else:
+        rows.append(["energy", "not told", "the machine has no counters that may be read (RAPL, NVML)"])
+    if price is not None:
+        rows.append(["money", f"{seconds / 3600 * price:,.2f}", f"at {price:g} an hour (--price)"])
+    return {"columns": ["what", "value", "how it is known"], "rows": rows}
+
+
+def happened(run: Run) -> Table:
+    """Starts, transitions with what became of the optimizer, faults, and the end: whatever a resume did again too."""
+    rows, began = [], run.log[0]["time"] if run.log else 0.0
+    policies = {e["stage"]: e for e in run.log if e["event"] == "stage"}
+    for event in run.log:
+        told = happened_.words(event, policies)
+        if told is not None:
+            clock = f"+{_duration(event['time'] - began)}"
+            rows.append([f"{event['step']:,}", clock, *told])
+    return {"columns": ["step", "time", "what", "details"], "rows": rows}
+
+
+def shortened(table: Table) -> Table:
+    """The first and the last rows of a long table, and how many there are between them."""
+    rows, half = table["rows"], MOST_ROWS // 2
+    if len(rows) <= MOST_ROWS:
+        return table
+    left = ["", "", "left out here", f"{len(rows) - MOST_ROWS} rows, which table-happened.csv has"]
+    return table | {"rows": [*rows[:half], left, *rows[-half:]]}
 
 
 def comparison(found: list[Run]) -> Table:

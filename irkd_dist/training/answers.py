@@ -123,18 +123,26 @@ def steps(
 def _wanted(parts: Parts, loader: Loader, position: Position, alpha: float, gamma: float) -> Iterator[Wanted]:
     for step in range(position.epoch_step, loader.steps_per_epoch):
         at = position.step + step - position.epoch_step
-        yield wanted(parts.config, loader, position.epoch, step, at, alpha, gamma)
+        count = parts.micro_batches(position.curriculum.stage)
+        yield wanted(parts.config, loader, position.epoch, step, at, alpha, gamma, count)
 
 
 def wanted(
-    config: Config, loader: Loader, epoch: int, step: int, at: int, alpha: float, gamma: float
+    config: Config,
+    loader: Loader,
+    epoch: int,
+    step: int,
+    at: int,
+    alpha: float,
+    gamma: float,
+    accumulate: int,
 ) -> Wanted:
     """What a step of an epoch, the run's step `at`, will ask of the cache: see `step.arguments`."""
     spec, (ids, positions, size), aligned = config.loss.saliency, loader.samples(epoch, step), 0
     if gamma and at % spec.every == 0:
         chosen = int((positions < math.ceil(spec.fraction * size)).sum())
         # a slice without a chosen sample aligns its first one, at weight 0; so does a micro-batch
-        aligned = max(chosen, len(loader.share.own)) if config.optim.accumulate == 1 else len(ids)
+        aligned = max(chosen, len(loader.share.own)) if accumulate == 1 else len(ids)
     return Wanted(config.augment.draw(epoch), ids, aligned, alpha > 0)
 
 

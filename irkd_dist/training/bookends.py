@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from irkd_dist import eventlog
+from irkd_dist import checkpoint, eventlog
 from irkd_dist.distill import methods, probe
 from irkd_dist.distill.models import parameter_count
-from irkd_dist.distill.teacher import Teacher, competence
+from irkd_dist.distill.teacher import Teacher, competence, competent_shares
 from irkd_dist.errors import UserError
-from irkd_dist.training import build, distributed, metrics, restore
+from irkd_dist.training import build, distributed, metrics, micro, restore
 from irkd_dist.training.parts import Parts
 from irkd_dist.training.position import Position
 from irkd_dist.training.restore import Resumed
@@ -29,7 +29,9 @@ def announce(parts: Parts, folder: Path, resumed: Resumed, tracker: Tracker) -> 
     for reason in resumed.skipped:
         tracker.say(f"skipped checkpoint: {reason}")
     config, engine, step = parts.config, parts.engine, resumed.position.step
-    count, precision, fresh = parameter_count(parts.student), parts.identity["precision"], step == 0
+    weights = checkpoint.without(dict(parts.student.named_parameters()))
+    count = sum(p.numel() for p in weights.values())
+    precision, fresh = parts.identity["precision"], step == 0
     tracker.say(
         f"run {folder}{'' if fresh else f', resumed at step {step}'}: {config.student.name} ({count / 1e6:.2f} M "
         f"parameters), {engine.world} process{'es' if engine.world > 1 else ''} on {engine.device.type}, {precision}"
@@ -89,8 +91,12 @@ def summarize(parts: Parts, folder: Path, tracker: Tracker, position: Position) 
                     for a in (of_stage[-1]["train_accuracy"], best["accuracy"], of_stage[-1]["accuracy"])
                 )]
             )  # fmt: skip
-    table = summary_table(str(folder), ["stage", "epochs", "train", "best val", "last val"], rows)
-    tracker.console.print(table)
+    columns = ["stage", "epochs", "train", "best val", "last val"]
+    tracker.console.print(summary_table(str(folder), columns, rows))
+    if done is None:
+        tracker.table(position.step, "stages", columns, rows)
+        if position.curriculum.best_checkpoint is not None:
+            tracker.model(folder / position.curriculum.best_checkpoint)
     steps = [e for e in events if e["event"] == "train" and "seconds" in e]
     if steps:
         seconds = sum(e["seconds"] for e in steps)
@@ -125,32 +131,35 @@ def _training_seconds(events: list[dict[str, Any]]) -> float:
     return total + (last - start if start is not None else 0.0)
 
 
-def probe_teacher(parts: Parts, folder: Path, tracker: Tracker, position: Position) -> list[float]:
-    """The teacher's competence by stage: measured at each stage's resolution and printed, once in a run.
+def probe_teacher(
+    parts: Parts, folder: Path, tracker: Tracker, position: Position
+) -> tuple[list[float], list[tuple[float, ...]]]:
+    """The teacher's competence by stage, measured at each stage's resolution and printed, once in a run; and the shares
+    of several teachers by stage.
 
     A restart takes it from the record, so that the weights of past stages and of those to come stay what they were.
     """
     stages, manifest, engine = parts.plan.stages, parts.manifest, parts.engine
-    if parts.teacher is None or position.finished:
-        return [1.0] * len(stages)
+    headless = parts.config.teacher is not None and not parts.config.teacher.logits
+    if parts.teacher is None or position.finished or headless:
+        return [1.0] * len(stages), [()] * len(stages)
     full, split = build.full_view(parts.config), build.held_out(manifest)
     facts = {
         "resolutions": [s.resolution for s in stages], "teachers": [s.teacher for s in stages], "full": full,
         "digest": parts.identity["teacher_digest"], "data": parts.identity["data_digest"],
     }  # fmt: skip
-    values = distributed.on_main(engine, lambda: _recorded(folder, facts) if position.step else None)
+    recorded = distributed.on_main(engine, lambda: _recorded(folder, facts) if position.step else None)
+    values, shares = recorded or (None, [])
     if values is None:
         tracker.say(f"measuring the teacher on the {split} split at each stage's resolution")
+        shares = _shares(parts, tracker)
         known: dict[tuple[int, str | None], float] = {}
         for i, stage in enumerate(stages):
             restore.load_stage_teacher(parts, i)
             if (key := (stage.resolution, stage.teacher)) in known:
                 continue
-            with build.evaluation_loader(
-                parts.config, manifest, engine, split, stage.resolution, full
-            ) as loader:
-                view = _TeacherView(parts.teacher)
-                known[key] = metrics.accuracy(engine, view, loader, "the teacher", tracker)
+            parts.teacher.shares = shares[i]
+            known[key] = _teachers_accuracy(parts, parts.teacher, stage.resolution, "the teacher", tracker)
         values = [known[s.resolution, s.teacher] for s in stages]
     skill = [competence(a, max(values), len(manifest.classes)) for a in values]
     shown = ", ".join(f"{s.resolution} px {a:.2%}" for s, a in zip(stages, values, strict=True))
@@ -162,8 +171,63 @@ def probe_teacher(parts: Parts, folder: Path, tracker: Tracker, position: Positi
         competence=skill,
         facts=facts,
         resolutions=facts["resolutions"],
+        **({"shares": shares} if parts.teacher.members else {}),
     )
-    return skill
+    rows = [
+        [f"{s.resolution} px", f"{a:.2%}", f"{c:.3g}"] for s, a, c in zip(stages, values, skill, strict=True)
+    ]
+    tracker.table(position.step, "teacher", ["resolution", "accuracy", "competence"], rows)
+    return skill, shares
+
+
+def _teachers_accuracy(parts: Parts, teacher: Teacher, resolution: int, who: str, tracker: Tracker) -> float:
+    full, split = build.full_view(parts.config), build.held_out(parts.manifest)
+    with build.evaluation_loader(
+        parts.config, parts.manifest, parts.engine, split, resolution, full
+    ) as loader:
+        return metrics.accuracy(parts.engine, TeacherView(teacher), loader, who, tracker)
+
+
+def _shares(parts: Parts, tracker: Tracker) -> list[tuple[float, ...]]:
+    """Shares of several teachers in each stage: those of the configuration, or by accuracy at its resolution."""
+    teacher, spec, stages = parts.teacher, parts.config.teacher, parts.plan.stages
+    assert teacher is not None
+    assert spec is not None
+    if not teacher.members or spec.shares != "competence":
+        return [teacher.shares] * len(stages)
+    count, measured = 1 + len(teacher.members), dict[int, list[float]]()
+    for size in dict.fromkeys(s.resolution for s in stages):
+        measured[size] = [
+            _teachers_accuracy(parts, teacher.only(i), size, f"teacher {i}", tracker) for i in range(count)
+        ]
+    found = [competent_shares(measured[s.resolution], len(parts.manifest.classes)) for s in stages]
+    for stage, shares in zip(stages, found, strict=True):
+        told = (f"{share:.2f} ({a:.2%})" for share, a in zip(shares, measured[stage.resolution], strict=True))
+        tracker.say(f"shares of the teachers at {stage.resolution} px (accuracy): {', '.join(told)}")
+    return found
+
+
+def choose_micro_batches(parts: Parts, folder: Path, number: int) -> str:
+    """Under optim.accumulate=auto choose a stage's micro-batches, and say why; empty if they are known.
+
+    A stage that is gone on with, in as many processes, keeps those that its record has: the same bits.
+    """
+    if parts.config.optim.accumulate != "auto" or number in parts.chosen:
+        return ""
+    engine = parts.engine
+    told = (
+        e["accumulate"]
+        for e in reversed(eventlog.read_events(folder))
+        if e["event"] == "stage"
+        and e["stage"] == number
+        and e.get("processes") == engine.world
+        and "accumulate" in e
+    )
+    if (recorded := distributed.on_main(engine, lambda: next(told, None))) is not None:
+        parts.chosen[number] = recorded
+        return f"stage {number}: {recorded} micro-batches a process, as it was begun with"
+    parts.chosen[number], why = micro.choose(parts, number)
+    return f"stage {number}: {parts.chosen[number]} micro-batches a process: {why}"
 
 
 def probe_stages(parts: Parts, tracker: Tracker, position: Position) -> None:
@@ -221,13 +285,14 @@ def _some(parts: Parts, resolution: int, full: bool) -> tuple[Tensor, Tensor]:
         return loader.pick(np.arange(min(len(loader), PROBED)))
 
 
-def _recorded(folder: Path, facts: dict[str, Any]) -> list[float] | None:
-    """What an earlier start of the run has measured, under the same circumstances."""
+def _recorded(folder: Path, facts: dict[str, Any]) -> tuple[list[float], list[tuple[float, ...]]] | None:
+    """What an earlier start of the run has measured, under the same circumstances: accuracies, and shares by stage."""
     told = (e for e in eventlog.read_events(folder) if e["event"] == "teacher" and e.get("facts") == facts)
-    return next((e["accuracy"] for e in told), None)
+    nothing: list[tuple[float, ...]] = [()] * len(facts["resolutions"])
+    return next((((e["accuracy"]), [(*s,) for s in e.get("shares", nothing)]) for e in told), None)
 
 
-class _TeacherView(torch.nn.Module):
+class TeacherView(torch.nn.Module):
     """The teacher as a model that gives logits, its own normalisation included."""
 
     def __init__(self, teacher: Teacher) -> None:

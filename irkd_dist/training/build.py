@@ -20,11 +20,21 @@ from irkd_dist.data.decoded import Dataset, Work
 from irkd_dist.data.loader import Loader
 from irkd_dist.data.sampler import Share
 from irkd_dist.data.views import View
-from irkd_dist.distill import methods, models
+from irkd_dist.distill import features, methods, models
 from irkd_dist.distill.module import Distiller, Objective
-from irkd_dist.distill.teacher import Teacher, freeze
+from irkd_dist.distill.teacher import Member, Teacher, freeze
 from irkd_dist.errors import UserError
-from irkd_dist.training import answers, curriculum, distributed, engines, optim, preflight, restore, virtual
+from irkd_dist.training import (
+    answers,
+    curriculum,
+    distributed,
+    engines,
+    optim,
+    preflight,
+    restore,
+    sliced,
+    virtual,
+)  # fmt: skip
 from irkd_dist.training.curriculum import StagePlan
 from irkd_dist.training.engines import Engine
 from irkd_dist.training.parts import Parts
@@ -36,9 +46,10 @@ def build(config: Config, engine: Engine) -> Parts:
     Raises:
         UserError: shards, teacher and configuration do not fit together.
     """
-    manifest = shards.load_manifest(Path(config.data.shards))
+    folder = configuration.shards_of(config)
+    manifest = distributed.on_main(engine, lambda: shards.load_manifest(folder))
     stages = configuration.stages(config)
-    preflight.check_data(config, engine, manifest)
+    preflight.check_data(config, manifest)
     notes = preflight.notes(config, engine)
 
     student, (arguments, weight_notes) = distributed.network(engine, lambda: _student(config, manifest))
@@ -48,21 +59,33 @@ def build(config: Config, engine: Engine) -> Parts:
         configuration.check_resolutions(config, patch, "student")
     teacher_digest = None
     teacher, folders, taps = None, _no_folders(stages), networks.taps_alone(config, student)
+    feature_taps: tuple[str, ...] = ()
+    parts_of_teacher: sliced.Sliced | None = None
     if config.teacher is not None:
-        model, network = distributed.network(engine, lambda: _teacher_network(config, manifest))
-        network = replace(network, model=model)
+        parts_of_teacher = distributed.on_main(engine, lambda: _sliced(config, engine, manifest))
+        if parts_of_teacher is not None:
+            network = parts_of_teacher.network
+        else:
+            model, network = distributed.network(engine, lambda: _teacher_network(config, manifest))
+            network = replace(network, model=model)
         notes += network.notes
         of_run = config.teacher.run is not None
-        teacher_digest = None if of_run else restore.weights_digest(network.model)[:16]
-        pairs, tap_notes = networks.tap_pairs(config, student, network.model)
+        if not of_run and parts_of_teacher is None:
+            teacher_digest = restore.weights_digest(network.model)[:16]
+        side = manifest.largest if full_view(config) else None
+        pairs, tap_notes = networks.tap_pairs(config, student, network.model, side)
         notes += tap_notes
         taps = [s.path for s, _ in pairs]
         teacher = _teacher(config, engine, network, manifest, [t.path for _, t in pairs])
+        member_digests = _add_members(config, engine, teacher, manifest, notes)
         folders, of_folders, folder_notes = distributed.on_main(
             engine, lambda: _teacher_folders(config, stages, network.folder)
         )
         notes += folder_notes
         teacher_digest = of_folders if of_run else teacher_digest
+        if member_digests:
+            teacher_digest = digest([teacher_digest, *member_digests])
+        feature_taps = _feature_taps(config, manifest, student, network.model, teacher)
     method = config.loss.saliency.method
     second_order = config.loss.saliency.gamma > 0 and methods.inner_gradient(method)
     if second_order or engine.device.type == "cpu":
@@ -72,20 +95,28 @@ def build(config: Config, engine: Engine) -> Parts:
         models.channels_last(student)
     preflight.check_fraction(config, student)
     preflight.check_layers(config, student)
-    preflight.check_forward(config, manifest, stages, student, taps, teacher)
+    preflight.check_forward(config, manifest, student, taps)
+    if teacher is not None and parts_of_teacher is None:
+        preflight.check_teacher(config, manifest, teacher)
+    preflight.check_shards(config, engine, manifest)  # last: it reads every file
 
     if config.optim.checkpoint_blocks:
         models.checkpoint_blocks(student)
-    distiller = Distiller(student, _objective(config, taps), engine.autocast)
-    _compile(config, engine, distiller, teacher, notes)
+    distiller = Distiller(student, _objective(config, taps, feature_taps), engine.autocast)
+    _compile(config, engine, distiller, teacher, second_order, notes)
     groups = optim.parameter_groups(student, config.optim.weight_decay, config.optim.layer_decay)
     # fused: one pass over each tensor, the same arithmetic on every device, and it can leave an update out there
     optimizer = torch.optim.AdamW(
         groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
     )
-    if teacher is not None and restore.teacher_sharded(config, engine):
+    if teacher is not None and parts_of_teacher is not None:
+        sliced.load(teacher.model, parts_of_teacher, engine)
+        preflight.check_teacher(config, manifest, teacher)
+        if config.teacher is not None and config.teacher.run is None:
+            teacher_digest = restore.weights_digest(teacher.model)[:16]
+    elif teacher is not None and restore.teacher_sharded(config, engine):
         engines.shard(teacher.model, engine.device)
-    module = engine.prepare(distiller, optimizer, config.optim.clip, config.optim.accumulate)
+    module = engine.prepare(distiller, optimizer, config.optim.clip)
     identity = {
         "model": arguments,
         "classes": manifest.classes,
@@ -126,11 +157,13 @@ def loaders(parts: Parts, stage: StagePlan) -> tuple[Loader, Loader]:
 def train_loader(parts: Parts, stage: StagePlan, carried: Share) -> Loader:
     """The training loader of a stage for what a process carries of each batch."""
     config, engine, manifest, data = parts.config, parts.engine, parts.manifest, parts.config.data
-    micro_batches = carried.parts * config.optim.accumulate
+    micro_batches = carried.parts * parts.micro_batches(stage.number)
     full = manifest.largest if full_view(config) else None
     augment = configuration.stage_augment(config, configuration.stages(config)[stage.number])
     return Loader(
-        Dataset(Path(data.shards), manifest, "train", data.subset, verify="size"),
+        Dataset(
+            configuration.shards_of(config), manifest, "train", data.subset, "size", data.order, data.order_block
+        ),
         View(stage.resolution, augment, full, manifest.mode),
         scales=stage.multiscale, batch=stage.batch, seed=config.seed, share=carried, work=_work(config, engine),
         least=2 * micro_batches if models.has_batch_norm(parts.student) else 1,
@@ -145,7 +178,7 @@ def evaluation_loader(
     count = config.data.val_subset if split == held_out(manifest) and split != "test" else None
     subset = min(count, manifest.splits[split]) if count is not None else None
     return Loader(
-        Dataset(Path(config.data.shards), manifest, split, subset, verify="size"),
+        Dataset(configuration.shards_of(config), manifest, split, subset, verify="size"),
         View(size, centre_crop=config.data.centre_crop),
         batch=config.data.eval_batch * engine.world, seed=config.seed, share=Share(engine.world, (engine.rank,)),
         work=_work(config, engine),
@@ -193,13 +226,18 @@ def config_digest(config: Config) -> str:
 
 
 def _compile(
-    config: Config, engine: Engine, distiller: Distiller, teacher: Teacher | None, notes: list[str]
+    config: Config,
+    engine: Engine,
+    distiller: Distiller,
+    teacher: Teacher | None,
+    inner_gradient: bool,
+    notes: list[str],
 ) -> None:
     if config.compile is False:
         return
     from irkd_dist.distill import compiling
 
-    why = compiling.why_not(engine.device, engine.name)
+    why = compiling.why_not(engine.device, engine.name, inner_gradient)
     if why is not None and config.compile is True:
         raise UserError(f"compile=on, but {why}; use compile=auto or off")
     if why is not None:
@@ -211,10 +249,26 @@ def _compile(
     notes.append("torch.compile: the first step of each stage takes a minute or more")
 
 
-def _objective(config: Config, taps: list[str]) -> Objective:
+def _feature_taps(
+    config: Config, manifest: shards.Manifest, student: nn.Module, network: nn.Module, teacher: Teacher
+) -> tuple[str, ...]:
+    """Give the student its projections, and the teacher its feature taps; returns the student's."""
+    spec, side = config.loss.features, configuration.resolutions(config)[-1]
+    if not spec.beta:
+        return ()
+    ours, theirs = zip(*features.pairs(student, network, spec.taps), strict=True)
+    seen = manifest.largest if full_view(config) else side
+    sizes = features.widths(student, ours, side), features.widths(network, theirs, seen)
+    features.attach(student, *sizes, config.seed)
+    teacher.feature_paths = theirs
+    features.put_keepers(network, theirs)
+    return ours
+
+
+def _objective(config: Config, taps: list[str], feature_taps: tuple[str, ...]) -> Objective:
     kd, saliency = config.loss.kd, config.loss.saliency
     kinds = (config.loss.form, kd.kind, kd.temperature, saliency.method, saliency.normalization)
-    return Objective(*kinds, tuple(taps))
+    return Objective(*kinds, tuple(taps), config.loss.features.kind, feature_taps)
 
 
 def _plan(config: Config, stages: list[Stage], teachers: list[Path | None]) -> curriculum.Plan:
@@ -250,6 +304,36 @@ def _teacher(
         model = models.channels_last(network.model.to(engine.device))
         model = freeze(model, engine.autocast, explicit, engine.device)
     return Teacher(model, paths, saliency.method, engine.autocast, renormalize)
+
+
+def _sliced(config: Config, engine: Engine, manifest: shards.Manifest) -> sliced.Sliced | None:
+    """The teacher to be read in slices, where it is to be sharded and can be."""
+    file = sliced.possible(config, engine)
+    return None if file is None else sliced.describe(config, manifest, file)
+
+
+def _add_members(
+    config: Config, engine: Engine, teacher: Teacher, manifest: shards.Manifest, notes: list[str]
+) -> list[str]:
+    """Give the teacher those that teach beside it; returns digests of their weights."""
+    spec, members, digests = config.teacher, [], []
+    assert spec is not None
+    for one in spec.ensemble:
+        alone = replace(
+            spec, run=one.run, model=one.model, mean=one.mean, std=one.std, ensemble=[], shares="equal"
+        )
+        own = replace(config, teacher=replace(alone, renormalize=one.renormalize))
+        model, network = distributed.network(engine, lambda own=own: _teacher_network(own, manifest))
+        notes += network.notes
+        digests.append(restore.weights_digest(model)[:16])
+        made = _teacher(own, engine, replace(network, model=model), manifest, [])
+        members.append(Member(made.model, made.renormalize))
+    teacher.members = tuple(members)
+    if members:
+        given = spec.shares if isinstance(spec.shares, list) else [1.0] * (1 + len(members))
+        teacher.shares = tuple(given)
+        teacher.mix = config.loss.kd.temperature if spec.mix == "probabilities" else None
+    return digests
 
 
 def _student(config: Config, manifest: shards.Manifest) -> tuple[nn.Module, tuple[dict[str, Any], list[str]]]:

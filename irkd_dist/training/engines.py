@@ -70,17 +70,15 @@ class Engine:
         self.average: list[Tensor] | None = None
         self._clip: float | None = None
 
-    def prepare(
-        self, distiller: Distiller, optimizer: torch.optim.AdamW, clip: float | None, accumulate: int
-    ) -> nn.Module:
+    def prepare(self, distiller: Distiller, optimizer: torch.optim.AdamW, clip: float | None) -> nn.Module:
         """Spread the student; returns the module to call. `optimizer` stays the object whose groups hold the rate."""
         distiller.inner_grad_context = self.inner_grad_context(distiller.student)
         self.student, self.optimizer, self._clip = distiller.student, optimizer, clip
         self.shapes = {k: v.shape for k, v in distiller.student.state_dict().items()}
-        self.module = self._wrap(distiller.to(self.device), accumulate)
+        self.module = self._wrap(distiller.to(self.device))
         return self.module
 
-    def _wrap(self, distiller: Distiller, accumulate: int) -> nn.Module:
+    def _wrap(self, distiller: Distiller) -> nn.Module:
         # of a class token, [1, 1, width], whose strides mean nothing
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         return self.accelerator.prepare_model(distiller)
@@ -204,7 +202,7 @@ class Exact(Engine):
     exact = True
     _sums: virtual.TreeSum
 
-    def _wrap(self, distiller: Distiller, accumulate: int) -> nn.Module:
+    def _wrap(self, distiller: Distiller) -> nn.Module:
         self._sums = virtual.TreeSum()
         return distiller
 
@@ -229,7 +227,7 @@ class Fsdp2(Engine):
     replicated = False
     settles = False
 
-    def _wrap(self, distiller: Distiller, accumulate: int) -> nn.Module:
+    def _wrap(self, distiller: Distiller) -> nn.Module:
         names = {id(p): name for name, p in distiller.student.named_parameters()}
         shard(distiller.student, self.device)
         # the optimizer was made for the whole parameters: give it the sharded ones of the same names
@@ -304,7 +302,7 @@ class Zero(Engine):
         self.replicated = self._stage < 3
         self.no_inner_gradient = self._stage == 3
 
-    def _wrap(self, distiller: Distiller, accumulate: int) -> nn.Module:
+    def _wrap(self, distiller: Distiller) -> nn.Module:
         deepspeed = import_deepspeed()
         before = {k: _to_cpu(v) for k, v in distiller.student.state_dict().items()}
         alone = "LOCAL_RANK" not in os.environ  # a single process without a launcher; DeepSpeed asks for it
@@ -647,7 +645,8 @@ def _zero_settings(config: Config, stage: int) -> dict[str, Any]:
     settings = _read_json(file)
     ours: dict[str, Any] = {
         "gradient_clipping": config.optim.clip or 0.0,
-        "gradient_accumulation_steps": config.optim.accumulate,
+        # we say at which micro-batch a step ends; not known yet: any number above 1 says that there are some
+        "gradient_accumulation_steps": 2 if config.optim.accumulate == "auto" else config.optim.accumulate,
     }
     for key, value in ours.items():
         if settings.get(key, "auto") not in ("auto", value):
@@ -680,13 +679,19 @@ def _read_json(file: Path) -> dict[str, Any]:
 # ---- FSDP2, of a student or of a teacher alone
 
 
-def shard(model: nn.Module, device: torch.device) -> None:
-    """Shard a model's parameters over all processes in place: each block, then what is left."""
+def shard(model: nn.Module, device: torch.device, fill: bool = False) -> None:
+    """Shard a model's parameters over all processes in place: each block, then what is left.
+
+    fill: the model is on no device, and gets memory of unknown content for this process's part alone.
+    """
     mesh: DeviceMesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    model.to(device)  # buffers
+    if fill:
+        model.to_empty(device=device)
+    else:
+        model.to(device)  # buffers
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,11 @@ from irkd_dist.training.engines import Engine
 from irkd_dist.training.step import Taken
 from irkd_dist.training.tracking import Tracker
 
-TERMS = ("total", "ce", "kd", "saliency", "correct", "flat", "samples", "steps", "aligned", "wait_s")
+# a checkpoint keeps their sums by position: new ones go to the end
+TERMS = (
+    *("total", "ce", "kd", "saliency", "correct", "flat", "samples", "steps", "aligned", "wait_s"),
+    "features",
+)
 
 
 def row(taken: Taken, wait_s: float) -> Tensor:
@@ -29,9 +33,15 @@ def row(taken: Taken, wait_s: float) -> Tensor:
             values[key] = values.get(key, torch.zeros_like(one)) + value.detach()
     if "saliency" in values:
         values["aligned"] = one
-    terms = torch.stack([values[k].float() if k in values else torch.zeros_like(one) for k in TERMS[:-1]])
+    terms = torch.stack([values[k].float() if k in values else torch.zeros_like(one) for k in TERMS])
     terms = torch.where(taken.skipped > 0, torch.zeros_like(terms), terms)
-    return torch.cat([terms, one.mul(wait_s)[None]])
+    terms[TERMS.index("wait_s")] = wait_s
+    return terms
+
+
+def start(sums: Sequence[float], device: torch.device) -> Tensor:
+    """The sums of an epoch so far, or zeros; those of an earlier release lack the last terms."""
+    return torch.tensor([*sums, *[0.0] * (len(TERMS) - len(sums))], device=device)
 
 
 def means(place: Place, sums: Tensor, loss: Loss) -> tuple[dict[str, float], int]:
@@ -51,6 +61,8 @@ def means(place: Place, sums: Tensor, loss: Loss) -> tuple[dict[str, float], int
     if loss.saliency.gamma:
         aligned = max(row["aligned"], 1.0)  # steps at which it was computed
         result |= {"saliency": row["saliency"] / aligned, "flat_maps": row["flat"] / aligned}
+    if loss.features.beta:
+        result["features"] = row["features"] / row["steps"]
     return result | {"accuracy": row["correct"] / row["samples"]} | waited, int(row["samples"])
 
 
@@ -89,5 +101,5 @@ def judge(engine: Engine, model: nn.Module, loader: Loader, tracker: Tracker) ->
 
 def bar_text(means: dict[str, float], rate: float, best: float) -> str:
     """The losses of the last lines beside a progress bar."""
-    terms = "  ".join(f"{k} {means[k]:.3f}" for k in ("ce", "kd", "saliency") if k in means)
+    terms = "  ".join(f"{k} {means[k]:.3f}" for k in ("ce", "kd", "saliency", "features") if k in means)
     return f"{terms}  {rate:.0f} img/s" + (f"  val {best:.2%}" if best >= 0 else "")

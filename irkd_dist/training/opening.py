@@ -16,6 +16,7 @@ from irkd_dist.config import Config
 from irkd_dist.data.loader import Batch
 from irkd_dist.errors import Passing, Stopped, Superseded, UserError
 from irkd_dist.training import bookends, build, distributed, engines, guard, metrics, restore
+from irkd_dist.training.energy import Meter
 from irkd_dist.training.parts import Parts
 from irkd_dist.training.position import Position
 from irkd_dist.training.step import Taken
@@ -37,6 +38,7 @@ class Run:
     exchange: guard.Exchange
     decisions: dict[int, dict[str, Any]]  # by step: taken before a restart, to be taken again
     session: str  # this start of the run; the newest one owns the folder
+    meter: Meter
     writer: Writer = field(default_factory=Writer)
     saved: float = field(default_factory=time.perf_counter)  # moment of the last checkpoint
     asked: bool = False  # to stop, some process
@@ -61,6 +63,12 @@ class Run:
         """Keep the samples of a step, if they are asked for, until it is known whether it was taken."""
         if self.parts.config.track.samples:  # not else: it waits for the device
             self.seen[step] = [i for b in batches for i in b.ids[(b.weight > 0).cpu().numpy()].tolist()]
+
+    def energy(self) -> dict[str, float]:
+        """Joules of all processes since the last call, for an event; nothing where no machine tells."""
+        told = distributed.gather(self.parts.engine, self.meter.spent())
+        known = [joules for joules in told if joules is not None]
+        return {"energy_j": round(sum(known), 3)} if known else {}
 
     def log(
         self,
@@ -157,7 +165,8 @@ def _folder_opened(
     with SampleLog(folder, engine.rank, started, position.step, track.samples) as samples:
         exchange = guard.Exchange(engine)
         run = Run(
-            parts, folder, position, tracker, samples, requests, watch, exchange, decisions, str(started)
+            parts, folder, position, tracker, samples, requests, watch, exchange, decisions, str(started),
+            Meter(engine.device),
         )  # fmt: skip
         try:
             bookends.announce(parts, folder, resumed, tracker)

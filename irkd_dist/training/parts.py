@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,14 @@ class Parts:
     taps: list[str]  # module paths in the student; empty if it has none that the method reads
     identity: dict[str, Any]  # written into every checkpoint: model, classes, normalisation, digests
     notes: list[str]  # what a user should know before the first step
+    chosen: dict[int, int] = field(
+        default_factory=dict
+    )  # micro-batches by stage, under optim.accumulate=auto
+
+    def micro_batches(self, stage: int) -> int:
+        """Micro-batches that a process computes its share of a stage's batch in."""
+        asked = self.config.optim.accumulate
+        return self.chosen.get(stage, 1) if asked == "auto" else asked
 
     @property
     def tapped(self) -> TappedModel:

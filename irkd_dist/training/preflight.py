@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from irkd_dist import config as configuration
-from irkd_dist.config import Config, Stage
+from irkd_dist.config import Config
 from irkd_dist.data import shards
+from irkd_dist.data.remote import Url
 from irkd_dist.distill import models
 from irkd_dist.distill.measure import TappedModel
 from irkd_dist.distill.module import Targets
@@ -20,13 +23,13 @@ from irkd_dist.training.engines import Engine
 from irkd_dist.training.parts import Parts
 
 
-def check_data(config: Config, engine: Engine, manifest: shards.Manifest) -> None:
-    """Compare shards and configuration.
+def check_data(config: Config, manifest: shards.Manifest) -> None:
+    """Compare the shards' manifest and the configuration.
 
     Raises:
-        UserError: on every rank alike; a split or a resolution is missing, or a file is damaged.
+        UserError: a split or a resolution is missing.
     """
-    data = Path(config.data.shards)
+    data = configuration.shards_of(config)
     if "train" not in manifest.splits:
         raise UserError(f"{data} has no train split; it has {', '.join(manifest.splits)}")
     if not {"val", "test"} & set(manifest.splits):
@@ -45,10 +48,9 @@ def check_data(config: Config, engine: Engine, manifest: shards.Manifest) -> Non
                 f"{', '.join(map(str, manifest.resolutions))}: render again with --resolutions "
                 + ",".join(str(r) for r in sorted({*missing, *manifest.resolutions}))
             )
-    check_shards(config, engine, manifest)
 
 
-def used_shards(config: Config, manifest: shards.Manifest) -> list[tuple[Path, shards.Shard]]:
+def used_shards(config: Config, manifest: shards.Manifest) -> list[tuple[Path | Url, shards.Shard]]:
     """Each file that a run will read."""
     wanted = {*configuration.resolutions(config)}
     if config.teacher is not None and config.teacher.view == "full":
@@ -56,7 +58,7 @@ def used_shards(config: Config, manifest: shards.Manifest) -> list[tuple[Path, s
     used = {stored for r in wanted if (stored := manifest.stored(r)) is not None}
     if manifest.mode == "crop":
         used = set(manifest.resolutions)
-    folder = Path(config.data.shards)
+    folder = configuration.shards_of(config)
     return [
         (folder / f"r{r}" / shard.name, shard)
         for r in sorted(used)
@@ -68,12 +70,16 @@ def used_shards(config: Config, manifest: shards.Manifest) -> list[tuple[Path, s
 def check_shards(config: Config, engine: Engine, manifest: shards.Manifest) -> None:
     """Compare each file that the run will read with the manifest, in one of the processes.
 
+    What lies behind a URL is compared when it is downloaded.
+
     Raises:
         UserError: on every rank alike; files are missing, truncated or altered, or cannot be read.
     """
     files = used_shards(config, manifest)[engine.rank :: engine.world]
     own = [
-        f"{file} {why}" for file, shard in files if (why := shards.damage(file, shard, config.data.verify))
+        f"{file} {why}"
+        for file, shard in files
+        if isinstance(file, Path) and (why := shards.damage(file, shard, config.data.verify))
     ]
     damaged = [problem for some in distributed.gather(engine, own) for problem in some]
     if damaged:
@@ -101,37 +107,48 @@ def check_layers(config: Config, student: nn.Module) -> None:
 
 
 def check_forward(
-    config: Config, manifest: shards.Manifest, stages: list[Stage], student: nn.Module, taps: list[str],
-    teacher: Teacher | None,
+    config: Config, manifest: shards.Manifest, student: nn.Module, taps: list[str]
 ) -> None:  # fmt: skip
-    """One blank image through student and teacher at every resolution: what timm refuses, it refuses now."""
+    """One blank image through the student at every resolution: what timm refuses, it refuses now."""
     method, classes = config.loss.saliency.method, len(manifest.classes)
-    full = config.teacher is not None and config.teacher.view == "full"
     label = torch.zeros(1, dtype=torch.long)
     for resolution in configuration.resolutions(config):
         image, role = torch.zeros(1, 3, resolution, resolution), f"student.name={config.student.name}"
-        try:
+        with _refused_by_timm(role, resolution, student):
             training = student.training
             with torch.no_grad():
                 logits = models.inference_logits(student.eval()(image))
             student.train(training)
             if taps:
                 TappedModel(student, taps, method).maps(image, label)
-            if teacher is not None:
-                role, side = "the teacher", manifest.largest if full else resolution
-                device = next(teacher.model.parameters()).device
-                view = torch.zeros(1, 3, side, side, device=device)
-                teacher(view, label.to(device), aligned=1 if teacher.paths else 0)
-        except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            network = teacher.model if teacher is not None and role == "the teacher" else student
-            raise UserError(
-                f"{role} cannot take images at the stage of {resolution} px: {reason}{models.sizes_it_takes(network)}"
-            ) from error
         if logits.shape[1:] != (classes,):
             raise UserError(
                 f"student.options: the model gives logits {tuple(logits.shape[1:])}, the shards have {classes} classes"
             )
+
+
+def check_teacher(config: Config, manifest: shards.Manifest, teacher: Teacher) -> None:
+    """The same through the teacher; every process must call it, for sharded parameters."""
+    full = config.teacher is not None and config.teacher.view == "full"
+    for resolution in configuration.resolutions(config):
+        side, device = manifest.largest if full else resolution, next(teacher.model.parameters()).device
+        view, label = (
+            torch.zeros(1, 3, side, side, device=device),
+            torch.zeros(1, dtype=torch.long, device=device),
+        )
+        with _refused_by_timm("the teacher", resolution, teacher.model):
+            teacher(view, label, aligned=1 if teacher.paths else 0)
+
+
+@contextmanager
+def _refused_by_timm(role: str, resolution: int, network: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"{role} cannot take images at the stage of {resolution} px: {reason}{models.sizes_it_takes(network)}"
+        ) from error
 
 
 def notes(config: Config, engine: Engine) -> list[str]:
@@ -156,9 +173,13 @@ def settle(parts: Parts) -> None:
 
     Without it a resumed run would sum its first step in another order than an unbroken one.
     """
-    loss, device, side = parts.config.loss, parts.engine.device, parts.plan.stages[0].resolution
     # two that are aligned and two that are not: BatchNorm refuses a single value
-    count = 4
+    blank_step(parts, parts.plan.stages[0].resolution, 4)
+
+
+def blank_step(parts: Parts, side: int, count: int) -> None:
+    """Forward and backward of `count` blank images, half of them aligned, of which nothing stays."""
+    loss, device = parts.config.loss, parts.engine.device
     image = torch.zeros(count, 3, side, side, device=device)
     label = torch.zeros(count, dtype=torch.long, device=device)
     targets = Targets()
@@ -167,12 +188,16 @@ def settle(parts: Parts) -> None:
         full = parts.config.teacher is not None and parts.config.teacher.view == "full"
         large = torch.zeros(count, 3, *[parts.manifest.largest] * 2, device=device)
         aligned = count // 2 if loss.saliency.gamma else 0
-        targets = parts.teacher(large if full else image, label, aligned, logits=loss.kd.alpha > 0)
+        view = large if full else image
+        featured = loss.features.beta > 0
+        targets = parts.teacher(view, label, aligned, logits=loss.kd.alpha > 0, featured=featured)
     buffers = {k: v.clone() for k, v in parts.student.named_buffers()}
     parts.module.train()
     weight = torch.full((count,), 1 / count, device=device)
-    terms = parts.module(image, label, weight, targets, loss.kd.alpha, loss.saliency.gamma)
-    parts.engine.backward(terms["total"])
+    weights = loss.kd.alpha, loss.saliency.gamma, 1.0, loss.features.beta
+    with parts.engine.micro_batch(last=True):
+        terms = parts.module(image, label, weight, targets, *weights)
+        parts.engine.backward(terms["total"])
     parts.engine.discard()
     for key, buffer in parts.student.named_buffers():
         buffer.copy_(buffers[key])

@@ -23,7 +23,7 @@ from irkd_dist.training.engines import Engine
 from irkd_dist.training.parts import Parts
 from irkd_dist.training.position import Position
 
-MEANS = ("total", "ce", "kd", "saliency")  # the terms that are weighted by sample
+MEANS = ("total", "ce", "kd", "saliency", "features")  # the terms that are weighted by sample
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,23 @@ class Taken:
     samples: Tensor | int  # of this process's share
 
 
-def take(parts: Parts, batches: list[Batch], alpha: float, gamma: float, step: int) -> Taken:
+def take(parts: Parts, batches: list[Batch], alpha: float, gamma: float, step: int, accumulate: int) -> Taken:
     """Take one step on all ranks, or on none: then weights and moments are as they were.
 
-    batches: this process's share of the global batch; several, if it carries several virtual ranks.
+    batches: this process's share of the global batch; several, if it carries several virtual ranks. accumulate:
+    micro-batches that the share is computed in.
     """
     config, engine, terms = parts.config, parts.engine, []
     mine = torch.zeros((), device=engine.device)
-    pieces = slices(batches, config.data.virtual_ranks, engine, config.optim.accumulate)
+    pieces = slices(batches, config.data.virtual_ranks, engine, accumulate)
     several, buffers = len(batches) > 1, list(parts.student.buffers())
     before = after = _flat(buffers)  # BatchNorm's statistics, which a forward changes
     for i, (rank, part, piece) in enumerate(pieces):
         torch.manual_seed(virtual.seed(config.seed, step, rank, part))
         with engine.micro_batch(last=i == len(pieces) - 1):
             teacher = parts.answers or parts.teacher
-            made = parts.module(*arguments(teacher, config.loss.saliency, piece, alpha, gamma, step))
+            beta = config.loss.features.beta
+            made = parts.module(*arguments(teacher, config.loss.saliency, piece, alpha, gamma, step, beta))
             # a batch's weights make the mean over slices; the engine takes the one over processes
             if several:
                 made = {k: v / len(batches) if k in MEANS else v for k, v in made.items()}
@@ -100,6 +102,7 @@ def arguments(
     alpha: float,
     gamma: float,
     step: int,
+    beta: float = 0.0,
 ) -> tuple[Any, ...]:
     """What `Distiller.forward` takes of a batch: the images, and what the teacher says of them.
 
@@ -127,9 +130,9 @@ def arguments(
         if isinstance(teacher, CachedTeacher):
             targets = teacher(images, target, batch.ids, batch.draw, aligned, logits=alpha > 0)
         else:
-            targets = teacher(images, target, aligned, logits=alpha > 0)
+            targets = teacher(images, target, aligned, logits=alpha > 0, featured=beta > 0)
     scale = batch.size / chosen if chosen else 1.0
-    return batch.images, target, batch.weight, targets, alpha, gamma if chosen else 0.0, scale
+    return batch.images, target, batch.weight, targets, alpha, gamma if chosen else 0.0, scale, beta
 
 
 def learning_rate(

@@ -20,10 +20,12 @@ from irkd_dist.training import (
     build,
     curriculum,
     distributed,
+    downloads,
     metrics,
     opening,
     optim,
     panels,
+    probing,
     recovery,
     restore,
     saving,
@@ -48,12 +50,18 @@ def train(config: Config, *, owns_process: bool = False, extend: bool = False) -
         Stopped: a signal asked for it; a checkpoint is written, and the same call goes on from there.
     """
     with opening.opened(config, owns_process, extend) as run:
-        skill = bookends.probe_teacher(run.parts, run.folder, run.tracker, run.position)
+        skill, shares = bookends.probe_teacher(run.parts, run.folder, run.tracker, run.position)
         bookends.probe_stages(run.parts, run.tracker, run.position)
+        probing.count_flops(run.parts, run.tracker, run.position)
         while not run.position.finished:  # one turn is one stage
             number = run.position.curriculum.stage
+            why = bookends.choose_micro_batches(run.parts, run.folder, number)
             train_set, held_out = build.loaders(run.parts, run.parts.plan.stages[number])
+            if run.parts.teacher is not None:
+                run.parts.teacher.shares = shares[number]
             stage = _enter(run, train_set, skill[number])
+            if why:
+                run.tracker.say(why)
             bar = run.tracker.stage_bar(f"{train_set.resolution} px", stage.steps, run.position.stage_step)
             with train_set, held_out, bar as update:
                 while run.position.curriculum.stage == number and not run.position.finished:
@@ -74,6 +82,7 @@ class _Stage:
     gamma: float  # weight of saliency
     steps: int  # of the stage, if it does not end early
     run_steps: int  # of the run, likewise
+    accumulate: int  # micro-batches
 
 
 def _train_epoch(run: Run, stage: _Stage, loader: Loader, update: Any) -> bool:
@@ -81,7 +90,7 @@ def _train_epoch(run: Run, stage: _Stage, loader: Loader, update: Any) -> bool:
     parts, engine, track = run.parts, run.parts.engine, run.parts.config.track
     left_out = {*parts.config.data.leave_out, *run.position.left_out}
     parts.module.train()
-    sums = torch.tensor(run.position.sums or [0.0] * len(metrics.TERMS), device=engine.device)
+    sums = metrics.start(run.position.sums, engine.device)
     logged, logged_at, waited = sums.clone(), time.perf_counter(), loader.wait_s
     seconds = run.position.seconds
     epoch_began = time.perf_counter() - seconds
@@ -92,7 +101,7 @@ def _train_epoch(run: Run, stage: _Stage, loader: Loader, update: Any) -> bool:
         optim.set_lr(parts.optimizer, lr)
         flags = []
         if at not in left_out:
-            taken = step.take(parts, batches, stage.alpha, stage.gamma, at)
+            taken = step.take(parts, batches, stage.alpha, stage.gamma, at, stage.accumulate)
             sums += metrics.row(taken, loader.wait_s - waited)
             waited = loader.wait_s
             run.remember(at, batches)
@@ -129,6 +138,7 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     parts, engine, tracker, before = run.parts, run.parts.engine, run.tracker, run.position.curriculum
     started, at, resolution = time.perf_counter(), run.position.step, loader.resolution
     answers.end_epoch(parts, tracker, at)
+    downloads.tell(parts, tracker, at)
     tokens = len(loader) * build.tokens_per_image(parts.student, loader.scales)
     judged = distributed.broadcast(  # by rank 0's clock
         engine,
@@ -142,13 +152,15 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     best_name = runfolder.best_name(before.stage, at)
     state, decision = _decide(run, accuracy, best_name, run.position.seconds + seconds, tokens)
 
-    shown = "  ".join(f"{k} {means[k]:.4f}" for k in ("total", "ce", "kd", "saliency") if k in means)
+    shown = "  ".join(
+        f"{k} {means[k]:.4f}" for k in ("total", "ce", "kd", "saliency", "features") if k in means
+    )
     tracker.event(
         "evaluation" if judged else "epoch", at, stage=before.stage, resolution=resolution,
         epoch=run.position.epoch + 1, stage_epoch=before.epoch + 1, split=build.held_out(parts.manifest),
         accuracy=accuracy, best=decision.best, train_accuracy=means.pop("accuracy", None), train=means,
         data_wait_s=means.pop("wait_s"), images=images, seconds=seconds,
-        **({} if raw is None else {"accuracy_raw": raw}),
+        **({} if raw is None else {"accuracy_raw": raw}), **run.energy(),
     )  # fmt: skip
     if accuracy is not None:
         tracker.metrics(at, {"val/accuracy": accuracy, "val/resolution": resolution})
@@ -161,6 +173,10 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
     if before.epoch == 0 or decision.action != "continue":
         picture = panels.save(parts, run.folder, validation, before.stage, before.epoch + 1, resolution)
         tracker.image(at, "val/saliency", picture)
+    if judged and (probed := probing.measure_epoch(parts, validation, resolution)):
+        epoch = run.position.epoch + 1
+        tracker.event("probe", at, stage=before.stage, resolution=resolution, epoch=epoch, **probed)
+        tracker.metrics(at, probing.named(probed))
 
     run.position = run.position.next_epoch(state, decision.action == "finish")
     best = (best_name, state) if decision.best else None
@@ -210,6 +226,7 @@ def _enter(run: Run, loader: Loader, skill: float) -> _Stage:
         run_steps=sum(
             s.epochs * sampler.steps_per_epoch(len(loader), s.batch, loader.least) for s in parts.plan.stages
         ),
+        accumulate=parts.micro_batches(number),
     )
     restore.load_stage_teacher(parts, number)
     config, spec = parts.config, configuration.stages(parts.config)[number]
@@ -229,6 +246,7 @@ def _enter(run: Run, loader: Loader, skill: float) -> _Stage:
         {
             "step": position.step, "stage": number, "scales": loader.scales, "batch": loader.batch, "lr": lr,
             "policy": parts.plan.policy, "moments": bool(engine.optimizer.state), "teacher": planned.teacher,
+            "micro_batches": parts.micro_batches(number),
             "data": parts.identity["data_digest"], "config": build.config_digest(parts.config),
             "weights": restore.weights_digest(parts.student)[:16] if engine.replicated else None,
             "precision": str(engine.autocast), "threads": torch.get_num_threads(), "torch": torch.__version__,
@@ -240,7 +258,7 @@ def _enter(run: Run, loader: Loader, skill: float) -> _Stage:
     run.tracker.event(
         "stage", position.step, stage=number, resolution=planned.resolution, epochs=planned.epochs,
         multiscale=planned.multiscale, steps_per_epoch=loader.steps_per_epoch, batch=loader.batch,
-        alpha=stage.alpha, gamma=stage.gamma, lr=lr,
+        alpha=stage.alpha, gamma=stage.gamma, lr=lr, accumulate=stage.accumulate, processes=engine.world,
         policy=parts.plan.policy, seconds=round(now - started, 4), agreement_s=round(now - agreeing, 4),
     )  # fmt: skip
     if engine.world > 1:

@@ -161,4 +161,12 @@ def test_where_it_can_be_is_known_beforehand(
 ) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda _: found)
-    assert compiling.why_not(torch.device(device), engine) == expected
+    assert compiling.why_not(torch.device(device), engine, True) == expected
+
+
+def test_an_older_torch_compiles_what_takes_no_inner_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo, "config", object())
+    told = compiling.why_not(torch.device("cpu"), "ddp", True)
+    assert told == f"torch {torch.__version__} cannot compile a gradient inside a forward; 2.11 and later can"
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/g++")
+    assert compiling.why_not(torch.device("cpu"), "ddp", False) is None

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
 
 from irkd_dist.distill import models
 from irkd_dist.distill.models import create_model
@@ -61,6 +63,16 @@ def test_any_timm_model_by_name() -> None:
     assert not models.is_distilled(model)
     assert model.drop_rate == 0.3
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("resolution", [12, 16, 20])
+def test_the_small_resnet_sees_every_resolution_at_its_own_size(resolution: int) -> None:
+    resizing = create_model("small_resnet", classes=3, options={"size": 16}).eval()
+    plain_one = create_model("small_resnet", classes=3).eval()
+    plain_one.load_state_dict(resizing.state_dict())
+    images = torch.randn(2, 3, resolution, resolution)
+    resized = tvf.resize(images, [16, 16], InterpolationMode.BICUBIC, antialias=True)
+    torch.testing.assert_close(resizing(images), plain_one(resized))
 
 
 def test_dropout_and_drop_path_reach_the_network() -> None:

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from irkd_dist.distill import methods, models, saliency, taps
+from irkd_dist.distill import methods, models, places, saliency, taps
 from irkd_dist.distill.models import create_model
 from irkd_dist.distill.taps import Tap, forward_with_maps, resolve_tap, tap_pairs, tapped_forward
 from irkd_dist.errors import UserError
@@ -188,11 +188,20 @@ def test_pairs_with_a_convolutional_teacher() -> None:
     student, teacher = plain.build("class_token", depth=3), create_model("test_resnet", classes=5)
     pairs = tap_pairs(student, teacher, [["first", "layer1"], ["last", "layer2"]], "gradient")
     assert pairs == [(Tap("blocks.0"), Tap("layer1")), (Tap("blocks.2.norm1"), Tap("layer2"))]
-    for spec in ("all", ["first"], [1]):
-        with pytest.raises(
-            UserError, match="needs a teacher with blocks, and ResNet has none: pair taps by module path"
-        ):
-            tap_pairs(student, teacher, spec, "gradient")
+    assert paths(tap_pairs(student, teacher, "all", "grad_cam")) == [
+        ("blocks.0", "layer1"),
+        ("blocks.1", "layer3"),  # 3 / 2 = 1.5
+        ("blocks.2.norm1", "layer4"),
+    ]
+    assert paths(tap_pairs(student, teacher, ["first", "last"], "gradient")) == [
+        ("blocks.0", "layer1"),
+        ("blocks.2.norm1", "layer3"),  # a mean alone follows layer4
+    ]
+    with pytest.raises(
+        UserError,
+        match="needs a teacher with blocks or stages, and Linear names none: pair taps by module path",
+    ):
+        tap_pairs(student, nn.Linear(1, 1), ["first"], "gradient")
     with pytest.raises(
         UserError, match=r"reads the class token's attention row, and the teacher \(ResNet\) has no"
     ):
@@ -239,7 +248,7 @@ def test_attention_needs_a_class_token() -> None:
 def test_attention_with_positions_inside_is_refused(name: str) -> None:
     """Their rows are not the softmax of q k alone."""
     model = timm.create_model(name, img_size=28, embed_dim=16, depth=2, num_heads=2, num_classes=3)
-    with pytest.raises(UserError, match="of the teacher is no attention layer with a joint qkv"):
+    with pytest.raises(UserError, match="has no attention layer with a joint qkv; use gradient, grad_cam or"):
         resolve_tap(model, "blocks.0.attn.qkv", "attention", "teacher")
 
 
@@ -392,12 +401,12 @@ def test_tokens_of_a_model_without_patches(
     tokens: int, size: tuple[int, int], grid: tuple[int, int] | None
 ) -> None:
     if grid is not None:
-        assert taps.token_grid(nn.Identity(), "stage", tokens, size) == grid
+        assert places.token_grid(nn.Identity(), "stage", tokens, size) == grid
         return
     with pytest.raises(
         UserError, match=rf"'stage' gives {tokens} patch tokens, which form no grid on images of"
     ):
-        taps.token_grid(nn.Identity(), "stage", tokens, size)
+        places.token_grid(nn.Identity(), "stage", tokens, size)
 
 
 def swin() -> nn.Module:
@@ -415,7 +424,9 @@ def swin() -> nn.Module:
 def test_channels_last_are_recognised(path: str, channels: int, grid: int, method: str) -> None:
     """Swin's stages give (B, h, w, D), its first convolution (B, D, h, w)."""
     model = swin()
-    assert resolve_tap(model, path, method, "student") == Tap(path)
+    # a mean alone follows the final norm, a norm alone the first convolution
+    void = (path, method) in (("norm", "gradient"), ("patch_embed.proj", "hirescam"))
+    assert resolve_tap(model, path, method, "student") == Tap(path, void)
     draws = torch.Generator().manual_seed(2)
     images, target = torch.randn(2, 3, 56, 56, generator=draws, dtype=torch.float64), torch.tensor([0, 2])
     output, (features,) = tapped_forward(model, images, [path])

@@ -177,7 +177,7 @@ def test_a_head_of_another_size_is_replaced_on_request_only() -> None:
         UserError, match=r"here: its head head has 3 classes, the shards have 5; k\.reset_head=true"
     ):
         weights.fit(model, other, "here", False, "k.reset_head")
-    with pytest.raises(UserError, match="fine-tune it on these shards first"):
+    with pytest.raises(UserError, match="give it one of these by `irkd probe`, fine-tune it first"):
         weights.fit(model, other, "here")
     fitted, notes = weights.fit(model, other, "here", reset_head=True)
     assert notes == ["here: its head head (3 classes) is replaced by a new one of 5"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.training.conftest import student_yaml, teacher
-
-__all__ = ["device", "student_yaml", "teacher"]
+from tests.gpu.launch import NO_GPU, irkd, run, succeeded
+from tests.training.conftest import STUDENT_YAML, TEACHER_YAML
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,3 +19,14 @@ def device() -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA (IRKD_GPU_TESTS_ON=cpu rehearses)")
     return torch.device(name)
+
+
+@pytest.fixture(scope="session")
+def student_yaml(device: torch.device, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student with KD and saliency, and its teacher, trained for an epoch on the CPU."""
+    out = tmp_path_factory.mktemp("gpu")
+    (out / "teacher.yaml").write_text(TEACHER_YAML.format(shards=shapes, out=out))
+    succeeded(run(irkd("train", str(out / "teacher.yaml"), "fixed.epochs=1", **NO_GPU)))
+    file = out / "student.yaml"
+    file.write_text(STUDENT_YAML.format(shards=shapes, teacher=out / "teacher-seed0", out=out))
+    return file

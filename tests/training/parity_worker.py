@@ -34,6 +34,12 @@ CASES = {
     "batch below the world": {"data.batch": 3},
     "micro-batches": {"optim.accumulate": 3, "loss.saliency.normalization": "l2"},
     "sharded teacher": {"teacher.shard": True},
+    "features": {"loss.features.beta": 0.5, "loss.features.taps": "[last,[0,1]]"},
+    "features, micro-batches": {
+        "loss.features.beta": 0.5,
+        "loss.features.kind": "mse",
+        "optim.accumulate": 3,
+    },
     "no saliency": {"loss.saliency.gamma": 0.0},
     "two taps": {"loss.saliency.taps": "[first,[2,1]]", "loss.saliency.normalization": "l2"},
 }
@@ -82,7 +88,7 @@ def run_case(overrides: dict[str, object], base: list[str], out: Path) -> dict[s
     for i, part in enumerate(step.parts(batch, count)):
         with engine.micro_batch(last=i == count - 1):
             told = step.arguments(
-                job.teacher, loss.saliency, part, loss.kd.alpha, loss.saliency.gamma, step=0
+                job.teacher, loss.saliency, part, loss.kd.alpha, loss.saliency.gamma, 0, loss.features.beta
             )
             terms = job.module(*told)
             engine.backward(terms["total"])

@@ -12,6 +12,7 @@ from typing import get_args
 import numpy as np
 
 from irkd_dist import files
+from irkd_dist.data import remote
 from irkd_dist.data.sources.base import Kind, Raw, Source
 from irkd_dist.data.sources.common import reading
 from irkd_dist.data.sources.naming import named
@@ -22,7 +23,7 @@ __all__ = ["Kind", "Raw", "Source", "open_source"]
 
 def open_source(
     kind: Kind,
-    path: Path | None,
+    path: Path | str | None,
     *,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -36,7 +37,7 @@ def open_source(
 
     image_column and label_column are for parquet, download for cifar10, samples (per split), size (px) and
     seed for synthetic; classes: names or an order for the classes of any of them, see naming.py.
-    Raises UserError: path missing or without images, labels that make no sense.
+    path: of wds also a URL. Raises UserError: path missing or without images, labels that make no sense.
     """
     if download and kind != "cifar10":
         raise UserError(f"--download is for source cifar10, not {kind}; fetch the files, name them by --path")
@@ -46,6 +47,14 @@ def open_source(
         return named(open_synthetic(samples or {"train": 4000, "test": 1000}, size, seed), classes)
     if path is None:
         raise UserError(f"irkd render {kind} needs --path: where its files are")
+    if isinstance(path, str) and remote.is_url(path):
+        if kind != "wds":
+            raise UserError(
+                f"--path {remote.without_secrets(path)}: only source wds is read from a URL, not {kind}"
+            )
+        from irkd_dist.data.sources.fetched import fetched
+
+        path = fetched(path)
     path = Path(path)
     if download:
         from irkd_dist.data.sources.cifar10 import download_cifar10

@@ -3,14 +3,14 @@
 A method's module has
 
     INNER_GRADIENT = True               whether its map is made from ds/dA
-    VOID = ("unread", "mean")           readings (see `taps.reading`) at which its map is zero or constant
+    VOID = ("unread", "mean")           readings (see `places.readings`) at which its map is zero or constant
     def saliency_map(features, gradient)       both (B, N, D), patch tokens only -> (B, N)
 
 or, without an inner gradient,
 
     INNER_GRADIENT = False
     BLOCK_TAP = ".attn.qkv"             the part of a block that a block's number stands for
-    def check(model, path, role)        raises UserError where the method is not defined
+    def check(model, path, role)        raises UserError where the method is not defined; path "": anywhere
     def saliency_map(model, path, features)    the tapped module's output -> (B, N)
 
 Nothing here imports torch, so that a configuration is read without it.
@@ -38,6 +38,13 @@ def load(name: str) -> Any:
     if name not in LOADED:  # torch.compile takes a look-up along, but no import
         LOADED[name] = importlib.import_module(f"{__name__}.{name}")
     return LOADED[name]
+
+
+def check(model: Any, name: str, role: str) -> None:
+    """Refuse a model, the student or the teacher, where a method is defined at no place of it."""
+    how = load(name)
+    if not how.INNER_GRADIENT:
+        how.check(model, "", role)
 
 
 def inner_gradient(name: str) -> bool:

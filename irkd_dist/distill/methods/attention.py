@@ -17,16 +17,16 @@ BLOCK_TAP = ".attn.qkv"
 
 def check(model: nn.Module, path: str, role: str) -> None:
     """Refuse a model without a class token, and a module that is no joint projection of an attention layer."""
-    if not getattr(model, "num_prefix_tokens", 0) or getattr(model, "cls_token", None) is None:
-        raise UserError(
-            f"saliency.method=attention reads the class token's attention row, and the {role} "
-            f"({type(model).__name__}) has no class token; use gradient, grad_cam or hirescam"
-        )
-    attention = model.get_submodule(path.removesuffix(".qkv"))
     # others (BEiT, EVA) add positions inside the attention, and do not call their qkv
-    if not path.endswith(".qkv") or not isinstance(attention, Attention):
+    layers = [f"{name}.qkv" for name, module in model.named_modules() if isinstance(module, Attention)]
+    token = getattr(model, "num_prefix_tokens", 0) and getattr(model, "cls_token", None) is not None
+    if not token or not layers:
+        lacks = "no attention layer with a joint qkv" if token else "no class token"
+        what = f"class token's attention row, and the {role} ({type(model).__name__}) has {lacks}"
+        raise UserError(f"saliency.method=attention reads the {what}; use gradient, grad_cam or hirescam")
+    if path and path not in layers:
         what = f"{path!r} of the {role} is no attention layer with a joint qkv"
-        raise UserError(f"saliency.method=attention: {what}")
+        raise UserError(f"saliency.method=attention: {what}, as {layers[0]!r} is")
 
 
 def saliency_map(model: nn.Module, path: str, features: Tensor) -> Tensor:
