@@ -202,7 +202,7 @@ def test_any_flipped_bit_of_a_small_file_is_found(runs: Path) -> None:
     with SampleLog(run, 0, 12345.5, 7, True) as log:
         log.write(7, [1, 22, 333])
     assert verify_runs.run(run) == []
-    (measured,) = (run / "evaluation").iterdir()
+    (measured,) = (run / "evaluation").glob("*.json")
     readers: dict[Path, Callable[[Path], object]] = {
         run / "status.json": lambda file: runfolder.read_status(run)[1],
         run / "restarts.json": lambda file: runfolder.read_restarts(run)[1],
