@@ -36,7 +36,10 @@ class Keeper:
 
 def put_keepers(model: nn.Module, paths: tuple[str, ...]) -> list[Keeper]:
     """Put keepers at module paths into a model, where it has none yet; returns those of `paths`."""
-    keepers: dict[str, Keeper] = model.__dict__.setdefault(KEEPERS, {})
+    keepers: dict[str, Keeper] | None = getattr(model, KEEPERS, None)
+    if keepers is None:  # asked this way since torch 2.11 cannot compile __dict__'s methods
+        keepers = {}
+        setattr(model, KEEPERS, keepers)
     for path in paths:
         if path not in keepers:
             keepers[path] = Keeper()
