@@ -185,6 +185,22 @@ def load_student(folder: Path, averaged: bool = True) -> dict[str, Tensor]:
     return without(_read(folder / weights_file(state, averaged), state))
 
 
+def check_file(file: Path) -> None:
+    """Compare a file of a checkpoint with its checksum, in pieces: it may be larger than memory.
+
+    Raises:
+        UserError: it is missing or altered.
+    """
+    state = load_state(file.parent)
+    try:
+        with file.open("rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(file, error) from error
+    if found != state.get("sha256", {}).get(file.name):
+        raise UserError(f"{file} is altered or truncated: its checksum differs from the one in {STATE}")
+
+
 def without(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a student alone, without the projections of its features (loss.features), which no one else needs."""
     return {k: v for k, v in weights.items() if not k.startswith(f"{runfolder.PROJECTIONS}.")}

@@ -111,11 +111,13 @@ class TeacherCache:
 class Member:
     """One more teacher, whose logits count too: keys as the teacher's."""
 
-    run: Annotated[str | None, PATH] = None
-    model: Model | None = None
-    renormalize: bool = False
-    mean: tuple[float, float, float] | None = None
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    run: Annotated[str | None, PATH] = None  # as teacher.run, and so on below
+    model: Model | None = None  # instead of a run
+    renormalize: bool = (
+        False  # its own mean and std where they differ from the shards'; left out: true for model
+    )
+    mean: tuple[float, float, float] | None = None  # null: what its weights or timm say, else the shards'
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None  # goes with mean
     __pydantic_config__ = _strict
 
 

@@ -77,8 +77,8 @@ def own_checkpoint(path: Path) -> Path | None:
     return None
 
 
-def load_teacher(config: Config, manifest: shards.Manifest) -> Network:
-    """The configured teacher, checked against the shards.
+def load_teacher(config: Config, manifest: shards.Manifest, on_meta: bool = False) -> Network:
+    """The configured teacher, checked against the shards; on_meta: without its weights, under a `torch.device("meta")`.
 
     Raises:
         UserError: another number or order of classes, another normalisation, or a patch grid that does not fit a stage.
@@ -86,11 +86,11 @@ def load_teacher(config: Config, manifest: shards.Manifest) -> Network:
     spec = config.teacher
     assert spec is not None
     if spec.run is not None:
-        network = networks.load(Path(spec.run), averaged=spec.averaged)
+        network = networks.load(Path(spec.run), averaged=spec.averaged, on_meta=on_meta)
         where = f"teacher.run={spec.run}"
     else:
         assert spec.model is not None
-        network = _timm_teacher(config, manifest)
+        network = _timm_teacher(config, manifest, on_meta)
         where = f"teacher.model={spec.model.name}"
     networks.check_classes(network.classes, manifest, str(configuration.shards_of(config)), where)
     ours = (*manifest.mean, *manifest.std)
@@ -110,7 +110,7 @@ def load_teacher(config: Config, manifest: shards.Manifest) -> Network:
     return network
 
 
-def _timm_teacher(config: Config, manifest: shards.Manifest) -> Network:
+def _timm_teacher(config: Config, manifest: shards.Manifest, on_meta: bool) -> Network:
     spec = config.teacher
     assert spec is not None
     assert spec.model is not None
@@ -135,7 +135,10 @@ def _timm_teacher(config: Config, manifest: shards.Manifest) -> Network:
         "options": {**named.options, **own.options},
     }
     wanted = replace(own, pretrained=own.pretrained or comes_with_weights)
-    model, notes = _create(wanted, "teacher.model", named, arguments)
+    if on_meta:
+        model, notes = models.create_model(**arguments), []
+    else:
+        model, notes = _create(wanted, "teacher.model", named, arguments)
     if models.is_distilled(model):  # outside training both heads are averaged
         model.set_distilled_training(False)  # type: ignore[operator]
     mean, std, said = _teachers_normalisation(config, manifest, named)

@@ -37,17 +37,19 @@ class Network:
     notes: tuple[str, ...] = ()  # what was skipped on the way to it, and why
 
 
-def load(path: Path, which: str = "best", averaged: bool = True) -> Network:
+def load(path: Path, which: str = "best", averaged: bool = True, on_meta: bool = False) -> Network:
     """Load a network from a checkpoint, or from a run folder: the best of its last stage, or its `last`.
 
-    Its weights are the moving average where there is one (optim.ema); averaged=False: those that were trained.
+    Its weights are the moving average where there is one (optim.ema); averaged=False: those that were trained; on_meta:
+    none, under a `torch.device("meta")`.
 
     Raises:
         UserError: no such run or checkpoint, or it is damaged; the message names the file.
     """
     folder, skipped = checkpoint.find(path, which)
     state = checkpoint.load_state(folder)
-    content = checkpoint.Content(checkpoint.load_student(folder, averaged), {}, state)
+    weights = {} if on_meta else checkpoint.load_student(folder, averaged)
+    content = checkpoint.Content(weights, {}, state)
     missing = [key for key in ("model", "classes", "mean", "std", "config") if key not in state]
     if missing:
         raise UserError(f"{folder / runfolder.STATE} is altered: it has no {missing[0]}")
@@ -55,7 +57,8 @@ def load(path: Path, which: str = "best", averaged: bool = True) -> Network:
         raise UserError(f"{folder}: {problem}: nothing can be done with it")
     config = configuration.from_dict(state["config"], str(folder / runfolder.STATE))
     model = _create(state["model"], folder)
-    models.load_weights(model, content.student, str(folder))
+    if not on_meta:
+        models.load_weights(model, content.student, str(folder))
     taps, method = state.get("taps"), state.get("method", config.loss.saliency.method)
     if taps is None:  # an earlier release's: resolved as its training did
         taps = taps_alone(config, model)

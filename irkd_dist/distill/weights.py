@@ -45,7 +45,7 @@ def read(path: Path, where: str) -> tuple[dict[str, Tensor], list[str]]:
     except SafetensorError as error:
         raise UserError(f"{where} is neither a safetensors nor a PyTorch file: {error}") from error
     notes: list[str] = []
-    tensors = _without_prefixes(_tensors(content, where, notes), where, notes)
+    tensors = without_prefixes(_tensors(content, where, notes), where, notes)
     return tensors, notes
 
 
@@ -112,7 +112,8 @@ def _tensors(content: Any, where: str, notes: list[str]) -> dict[str, Tensor]:
     return {str(key): value for key, value in found.items()}
 
 
-def _without_prefixes(tensors: dict[str, Tensor], where: str, notes: list[str]) -> dict[str, Tensor]:
+def without_prefixes(tensors: dict[str, Tensor], where: str, notes: list[str]) -> dict[str, Tensor]:
+    """The same in the same order without the prefixes that all names have; a note says which."""
     cut = ""
     while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in tensors)), None):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}

@@ -24,7 +24,17 @@ from irkd_dist.distill import features, methods, models
 from irkd_dist.distill.module import Distiller, Objective
 from irkd_dist.distill.teacher import Member, Teacher, freeze
 from irkd_dist.errors import UserError
-from irkd_dist.training import answers, curriculum, distributed, engines, optim, preflight, restore, virtual
+from irkd_dist.training import (
+    answers,
+    curriculum,
+    distributed,
+    engines,
+    optim,
+    preflight,
+    restore,
+    sliced,
+    virtual,
+)  # fmt: skip
 from irkd_dist.training.curriculum import StagePlan
 from irkd_dist.training.engines import Engine
 from irkd_dist.training.parts import Parts
@@ -50,12 +60,18 @@ def build(config: Config, engine: Engine) -> Parts:
     teacher_digest = None
     teacher, folders, taps = None, _no_folders(stages), networks.taps_alone(config, student)
     feature_taps: tuple[str, ...] = ()
+    parts_of_teacher: sliced.Sliced | None = None
     if config.teacher is not None:
-        model, network = distributed.network(engine, lambda: _teacher_network(config, manifest))
-        network = replace(network, model=model)
+        parts_of_teacher = distributed.on_main(engine, lambda: _sliced(config, engine, manifest))
+        if parts_of_teacher is not None:
+            network = parts_of_teacher.network
+        else:
+            model, network = distributed.network(engine, lambda: _teacher_network(config, manifest))
+            network = replace(network, model=model)
         notes += network.notes
         of_run = config.teacher.run is not None
-        teacher_digest = None if of_run else restore.weights_digest(network.model)[:16]
+        if not of_run and parts_of_teacher is None:
+            teacher_digest = restore.weights_digest(network.model)[:16]
         side = manifest.largest if full_view(config) else None
         pairs, tap_notes = networks.tap_pairs(config, student, network.model, side)
         notes += tap_notes
@@ -79,7 +95,9 @@ def build(config: Config, engine: Engine) -> Parts:
         models.channels_last(student)
     preflight.check_fraction(config, student)
     preflight.check_layers(config, student)
-    preflight.check_forward(config, manifest, stages, student, taps, teacher)
+    preflight.check_forward(config, manifest, student, taps)
+    if teacher is not None and parts_of_teacher is None:
+        preflight.check_teacher(config, manifest, teacher)
     preflight.check_shards(config, engine, manifest)  # last: it reads every file
 
     if config.optim.checkpoint_blocks:
@@ -91,7 +109,12 @@ def build(config: Config, engine: Engine) -> Parts:
     optimizer = torch.optim.AdamW(
         groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
     )
-    if teacher is not None and restore.teacher_sharded(config, engine):
+    if teacher is not None and parts_of_teacher is not None:
+        sliced.load(teacher.model, parts_of_teacher, engine)
+        preflight.check_teacher(config, manifest, teacher)
+        if config.teacher is not None and config.teacher.run is None:
+            teacher_digest = restore.weights_digest(teacher.model)[:16]
+    elif teacher is not None and restore.teacher_sharded(config, engine):
         engines.shard(teacher.model, engine.device)
     module = engine.prepare(distiller, optimizer, config.optim.clip)
     identity = {
@@ -281,6 +304,12 @@ def _teacher(
         model = models.channels_last(network.model.to(engine.device))
         model = freeze(model, engine.autocast, explicit, engine.device)
     return Teacher(model, paths, saliency.method, engine.autocast, renormalize)
+
+
+def _sliced(config: Config, engine: Engine, manifest: shards.Manifest) -> sliced.Sliced | None:
+    """The teacher to be read in slices, where it is to be sharded and can be."""
+    file = sliced.possible(config, engine)
+    return None if file is None else sliced.describe(config, manifest, file)
 
 
 def _add_members(

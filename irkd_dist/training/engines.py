@@ -679,13 +679,19 @@ def _read_json(file: Path) -> dict[str, Any]:
 # ---- FSDP2, of a student or of a teacher alone
 
 
-def shard(model: nn.Module, device: torch.device) -> None:
-    """Shard a model's parameters over all processes in place: each block, then what is left."""
+def shard(model: nn.Module, device: torch.device, fill: bool = False) -> None:
+    """Shard a model's parameters over all processes in place: each block, then what is left.
+
+    fill: the model is on no device, and gets memory of unknown content for this process's part alone.
+    """
     mesh: DeviceMesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    model.to(device)  # buffers
+    if fill:
+        model.to_empty(device=device)
+    else:
+        model.to(device)  # buffers
 
 
 @contextmanager

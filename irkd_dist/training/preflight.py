@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from irkd_dist import config as configuration
-from irkd_dist.config import Config, Stage
+from irkd_dist.config import Config
 from irkd_dist.data import shards
 from irkd_dist.data.remote import Url
 from irkd_dist.distill import models
@@ -105,37 +107,48 @@ def check_layers(config: Config, student: nn.Module) -> None:
 
 
 def check_forward(
-    config: Config, manifest: shards.Manifest, stages: list[Stage], student: nn.Module, taps: list[str],
-    teacher: Teacher | None,
+    config: Config, manifest: shards.Manifest, student: nn.Module, taps: list[str]
 ) -> None:  # fmt: skip
-    """One blank image through student and teacher at every resolution: what timm refuses, it refuses now."""
+    """One blank image through the student at every resolution: what timm refuses, it refuses now."""
     method, classes = config.loss.saliency.method, len(manifest.classes)
-    full = config.teacher is not None and config.teacher.view == "full"
     label = torch.zeros(1, dtype=torch.long)
     for resolution in configuration.resolutions(config):
         image, role = torch.zeros(1, 3, resolution, resolution), f"student.name={config.student.name}"
-        try:
+        with _refused_by_timm(role, resolution, student):
             training = student.training
             with torch.no_grad():
                 logits = models.inference_logits(student.eval()(image))
             student.train(training)
             if taps:
                 TappedModel(student, taps, method).maps(image, label)
-            if teacher is not None:
-                role, side = "the teacher", manifest.largest if full else resolution
-                device = next(teacher.model.parameters()).device
-                view = torch.zeros(1, 3, side, side, device=device)
-                teacher(view, label.to(device), aligned=1 if teacher.paths else 0)
-        except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            network = teacher.model if teacher is not None and role == "the teacher" else student
-            raise UserError(
-                f"{role} cannot take images at the stage of {resolution} px: {reason}{models.sizes_it_takes(network)}"
-            ) from error
         if logits.shape[1:] != (classes,):
             raise UserError(
                 f"student.options: the model gives logits {tuple(logits.shape[1:])}, the shards have {classes} classes"
             )
+
+
+def check_teacher(config: Config, manifest: shards.Manifest, teacher: Teacher) -> None:
+    """The same through the teacher; every process must call it, for sharded parameters."""
+    full = config.teacher is not None and config.teacher.view == "full"
+    for resolution in configuration.resolutions(config):
+        side, device = manifest.largest if full else resolution, next(teacher.model.parameters()).device
+        view, label = (
+            torch.zeros(1, 3, side, side, device=device),
+            torch.zeros(1, dtype=torch.long, device=device),
+        )
+        with _refused_by_timm("the teacher", resolution, teacher.model):
+            teacher(view, label, aligned=1 if teacher.paths else 0)
+
+
+@contextmanager
+def _refused_by_timm(role: str, resolution: int, network: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"{role} cannot take images at the stage of {resolution} px: {reason}{models.sizes_it_takes(network)}"
+        ) from error
 
 
 def notes(config: Config, engine: Engine) -> list[str]:
