@@ -16,9 +16,10 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from irkd_dist import __version__, eventlog, files, flops, jobs, plain, study_page
+from irkd_dist import __version__, eventlog, files, jobs, plain, study_page
 from irkd_dist import config as configuration
 from irkd_dist.errors import Stopped, UserError
+from irkd_dist.report import reading
 from irkd_dist.training import tracking
 
 
@@ -215,16 +216,13 @@ def _result(cell: Cell) -> dict[str, Any] | None:
         return None
     if "test_accuracy" not in summary:
         raise UserError(f"{configuration.shards_of(config)} has no test split, and a study's table needs one")
-    try:
-        counted = {"flops": flops.of_run(config, events)}
-    except UserError as error:  # its teacher or its shards are gone since
-        counted = {"flops_unknown": str(error)}
+    spent = reading.spent_flops(reading.read(folder))
     kept = ("test_accuracy", "test_accuracy_last", "val_accuracy", "seconds", "steps", "resolution")
     epochs = [e for e in events if e["event"] in ("evaluation", "epoch")]
     return {
         "experiment": cell.experiment, "teacher": cell.seed is None, "seed": config.seed,
         "command": shlex.join(["irkd", *cell.arguments]), "images": sum(e.get("images", 0) for e in epochs),
-        **counted, **{key: summary[key] for key in kept if key in summary},
+        **({"flops": spent[-1][1]} if spent else {}), **{key: summary[key] for key in kept if key in summary},
     }  # fmt: skip
 
 
