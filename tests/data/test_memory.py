@@ -150,7 +150,7 @@ def test_an_image_that_only_pillow_may_decode_stays_pillows(tmp_path):
     opened = images(data, 16, cache="none")
     palette = io.BytesIO()
     Image.new("P", (16, 16)).save(palette, "png")
-    opened._split.images = lambda ids: [palette.getvalue() for _ in ids]  # type: ignore[method-assign]
+    opened._split.images = lambda ids: [palette.getvalue()] * len(ids)  # type: ignore[method-assign]
     for _ in range(2):
         opened.take(np.array([0]))
         assert opened._sound[0] == -1
