@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# What an hour of a lent GPU runs, in order, on a machine without a network:
-#   here:   python benchmarks/carry.py DATA          (packs carry/; DATA: a folder cifar10 of parquet files)
-#   there:  OUT=results bash benchmarks/gpu_session.sh setup tests      5 minutes: installs, renders, tests/gpu (each engine)
-#           OUT=results bash benchmarks/gpu_session.sh setup bench      10 minutes: benchmarks/gpu.py
-#           OUT=results bash benchmarks/gpu_session.sh setup train      the strong teacher, then its student, until TRAIN_S is over
-# `train` leaves its runs as $OUT/state.NN; moved to carry/state.NN here and carried again, the same command goes on with
-# them. A part that fails does not stop the next; the last lines say how each ended. What each printed: $OUT/PART.log.
-# Rehearsed on a CPU by DEVICE=cpu and small TEACHER, STUDENT and RENDER.
+# What an hour of a lent GPU runs, in order, on a machine without a network. Before, where there is one:
+#     python benchmarks/carry.py DATA     packs carry/; DATA: a folder cifar10 of parquet files
+# There, each in less than ten minutes:
+#     OUT=results bash benchmarks/gpu_session.sh setup tests    installs, renders; tests/gpu, each engine among them
+#     OUT=results bash benchmarks/gpu_session.sh setup bench    benchmarks/gpu.py
+#     OUT=results bash benchmarks/gpu_session.sh setup train    the strong teacher, then its student; ends after TRAIN_S
+# `train` goes on with the runs that are there. It leaves them as $OUT/state.NN too: on a fresh machine the same command
+# goes on with what is in carry/state.NN. A part that fails does not stop the next; the last lines say how each ended.
+# What each printed: $OUT/PART.log. Rehearsed on a CPU by DEVICE=cpu and small TEACHER, STUDENT and RENDER.
 # shellcheck disable=SC2086  # RENDER, TEACHER and STUDENT are several words each
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
@@ -47,20 +48,26 @@ until_time_is_up() {
     timeout --preserve-status --signal=TERM --kill-after=40 "$left" python3 -m irkd_dist "$@"
 }
 
+finished() { grep -qs '"state": "finished"' "$1/status.json"; }
+
 train() {
     local began=$SECONDS code=0
     if ls carry/state.* >/dev/null 2>&1 && [ ! -e runs/cifar10-strong ]; then
-        cat carry/state.* | tar -xf - || return
+        cat carry/state.* | tar -xzf - || return
     fi
-    until_time_is_up train configs/cifar10/strong/teacher.yaml $TEACHER &&
-        until_time_is_up evaluate runs/cifar10-strong/teacher-seed0 &&
+    local teacher=runs/cifar10-strong/teacher-seed0 student=runs/cifar10-strong/custom_p4-seed0 without=(--exclude=answers)
+    { finished $teacher || until_time_is_up train configs/cifar10/strong/teacher.yaml $TEACHER; } &&
+        { [ -e $teacher/evaluation ] || until_time_is_up evaluate $teacher; } &&
         until_time_is_up train configs/cifar10/strong/custom_p4.yaml $STUDENT &&
-        until_time_is_up evaluate runs/cifar10-strong/custom_p4-seed0 &&
-        irkd report runs/cifar10-strong/custom_p4-seed0 --out "$OUT/strong.html"
+        until_time_is_up evaluate $student &&
+        irkd report $student --out "$OUT/strong.html"
     code=$?
     irkd status runs/cifar10-strong
-    # without the teacher's answers, which any run computes again; in pieces, since large files may not travel
-    tar -cf - --exclude=answers runs/cifar10-strong | split -b 15M -d - "$OUT/state."
+    # without the teacher's answers, which any run computes again, and of a finished teacher what a student asks for
+    finished $teacher && without+=("--exclude=$teacher/best/*/optimizer.safetensors")
+    # in pieces, since large files may not travel
+    tar -czf - "${without[@]}" runs/cifar10-strong | split -b 15M -d - "$OUT/state."
+    ls -l "$OUT"
     return $code
 }
 

@@ -1,13 +1,14 @@
 """How cost grows: a step against resolution, batch, taps, depth and method; loader, cache, checkpoint, processes.
 
-    python benchmarks/growth.py [--quick] [--only step,loader] [--out FILE.json] [--figure FILE.svg]
+    python benchmarks/growth.py [--quick] [--only cache,batch] [--out FILE.json] [--figure FILE.svg]
 
 Each point of a step is `irkd plan`'s calibration (5 steps after 2) in a process of its own, whose peak memory is its
 own too: the paper's custom student and a ViT-Tiny teacher, patch 4, KD + saliency, all else at the first value. The
 loader's points are images/s of an epoch of decoded images with crop and flip; the cache's are answers/s written and
-read, by values a sample; the checkpoint's are seconds to write, with checksums and fsync. Processes share this
-machine's cores, so that a step of N does the work of one and an exchange besides: what `plan_model.Model` says of
-the exchange is held against that. The last line is one JSON object; the figure has a panel for each curve.
+read, by values a sample; the checkpoint's are seconds to write, with checksums and fsync. `processes`: a step of N
+processes that share this machine's cores, against what `plan_model.Model` says of it: the work of one at the model's
+efficiency, on as many cores as there are, and the exchange. The last line is one JSON object; the figure has a panel
+for each curve.
 """
 
 from __future__ import annotations
@@ -77,16 +78,20 @@ def step_point(root: Path, overrides: list[str], results: Any) -> None:
 
 
 def steps(root: Path, quick: bool) -> dict[str, list[Point]]:
-    found: dict[str, list[Point]] = {}
-    for axis, (values, overrides) in STEP.items():
-        for value in QUICK.get(axis, []) if quick else values:
-            results = FORK.Queue()
-            process = FORK.Process(target=step_point, args=(root, overrides(value), results))
-            process.start()
-            point = {axis: value, **{k: round(v, 1) for k, v in results.get(timeout=600).items()}}
-            process.join()
-            found.setdefault(axis, []).append(point)
-            print(point, flush=True)
+    return {axis: points for axis in STEP if (points := step(root, axis, quick))}
+
+
+def step(root: Path, axis: str, quick: bool) -> list[Point]:
+    """The points of one axis."""
+    found: list[Point] = []
+    values, overrides = STEP[axis]
+    for value in QUICK.get(axis, []) if quick else values:
+        results = FORK.Queue()
+        process = FORK.Process(target=step_point, args=(root, overrides(value), results))
+        process.start()
+        found.append({axis: value, **{k: round(v, 1) for k, v in results.get(timeout=600).items()}})
+        process.join()
+        print(found[-1], flush=True)
     return found
 
 
@@ -156,7 +161,7 @@ def processes(root: Path, quick: bool) -> list[Point]:
     """Milliseconds of a step of 1, 2 and 4 processes that share this machine's cores, and what the model adds."""
     found = []
     student = models.create_model("custom", classes=10, patch=4, image_size=32)
-    gradient = 4.0 * models.parameter_count(student)
+    gradient, cores = 4.0 * models.parameter_count(student), len(os.sched_getaffinity(0))
     for n in [1, 2] if quick else [1, 2, 4]:
         launch = ["-m", "torch.distributed.run", f"--nproc-per-node={n}", "--standalone", "-m", "irkd_dist"]
         command = [
@@ -172,14 +177,11 @@ def processes(root: Path, quick: bool) -> list[Point]:
         assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
         lines = [e for e in eventlog.read_events(root / f"world-{n}") if e["event"] == "train"]
         rate = statistics.median(e["images_per_s"] for e in lines[2:])
-        exchange = replace(plan.Model(), gpus=n, overlap=0.0)
-        found.append(
-            {
-                "processes": n,
-                "step_ms": round(1000 * 64 / rate, 1),
-                "model_exchange_ms": round(1000 * (exchange.seconds(0.0, gradient)), 2),
-            }
-        )
+        step_ms = 1000 * 64 / rate
+        alone = found[0]["step_ms"] if found else step_ms
+        # N processes on c cores do the work of min(N, c)
+        shared = replace(plan.Model(), gpus=n).seconds(alone / 1000, gradient) * n / min(n, cores) * 1000
+        found.append({"processes": n, "step_ms": round(step_ms, 1), "model_ms": round(shared, 1)})
     return found
 
 
@@ -229,14 +231,16 @@ SECTIONS = {
     "checkpoint": checkpoints,
     "loader": loader,
     "processes": processes,
-    "step": steps,
+    "step": steps,  # or one of its axes
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a point or two of each, to see that it runs")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="these, in this order")
+    parser.add_argument(
+        "--only", default=",".join(SECTIONS), help="these, in this order; an axis of step too"
+    )
     parser.add_argument("--out", type=Path, help="the JSON")
     parser.add_argument("--figure", type=Path, help="the curves, .svg or .png")
     arguments = parser.parse_args()
@@ -254,7 +258,10 @@ def main() -> None:
         (root / "c.yaml").write_text(CONFIG.format(root=root))
         found: dict[str, Any] = {"benchmark": "growth", "quick": arguments.quick}
         for name in arguments.only.split(","):
-            found[name] = SECTIONS[name](root, arguments.quick)
+            if name in STEP:
+                found.setdefault("step", {})[name] = step(root, name, arguments.quick)
+            else:
+                found[name] = SECTIONS[name](root, arguments.quick)
             found |= {
                 "seconds": round(time.perf_counter() - began), "cores": len(os.sched_getaffinity(0)),
                 "load": round(os.getloadavg()[0], 1), "threads": torch.get_num_threads(),

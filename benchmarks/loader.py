@@ -30,7 +30,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import cast
@@ -42,7 +42,7 @@ from webdataset.compat import WebDataset
 from webdataset.writer import TarWriter
 
 from irkd_dist.data import augment as aug
-from irkd_dist.data import shards
+from irkd_dist.data import pixels, shards
 from irkd_dist.data.decoded import Cache, Dataset, Work
 from irkd_dist.data.loader import Loader
 from irkd_dist.data.recipe import Augment
@@ -123,6 +123,27 @@ def augment_ms(repeats: int = 100) -> float:
     return statistics.median(times) * 1000
 
 
+def decode_us(images: int = 2000) -> dict[str, float]:
+    """Processor time of one thread for an image: looked through, decoded by torchvision, and both as `decode` does."""
+    rng = np.random.default_rng(0)
+    made = [draw(rng) for _ in range(images)]
+
+    def each(call: Callable[[bytes], object]) -> float:
+        times = []
+        for _ in range(3):
+            start = time.thread_time()
+            for data in made:
+                call(data)
+            times.append(time.thread_time() - start)
+        return round(min(times) / images * 1e6, 1)
+
+    return {
+        "look": each(lambda data: pixels.sound(data, "png")),
+        "decode": each(lambda data: pixels.decode(data, "png", is_sound=True)),
+        "both": each(lambda data: pixels.decode(data, "png")),
+    }
+
+
 def measure(folder: Path, samples: int, repeats: int, workers: list[int]) -> dict:
     manifest = make_shards(folder, samples)
     urls = [str(folder / f"r{SIZE}" / s.name) for s in manifest.shards[f"r{SIZE}"]["train"]]
@@ -170,6 +191,7 @@ def summary(measured: dict, samples: int) -> dict:
         "by_workers": {str(n): compared(rates) for n, rates in measured["rates"].items()},
         "goal": {"none": 5, "ram": 40},
         "augment_ms_per_batch": round(augment_ms(), 3),
+        "decode_us": decode_us(),
         "cpus": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -184,7 +206,9 @@ def summary(measured: dict, samples: int) -> dict:
             for c in row.values()
         )
         print(f"{n:>7} | " + " | ".join(f"{cell:>24}" for cell in cells))
-    print(f"crop + flip + normalise of a batch: {result['augment_ms_per_batch']} ms")
+    print(
+        f"crop + flip + normalise of a batch: {result['augment_ms_per_batch']} ms; an image: {result['decode_us']} µs"
+    )
     return result
 
 

@@ -111,11 +111,13 @@ class TeacherCache:
 class Member:
     """One more teacher, whose logits count too: keys as the teacher's."""
 
-    run: Annotated[str | None, PATH] = None
-    model: Model | None = None
-    renormalize: bool = False
-    mean: tuple[float, float, float] | None = None
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    run: Annotated[str | None, PATH] = None  # as teacher.run, and so on below
+    model: Model | None = None  # instead of a run
+    renormalize: bool = (
+        False  # its own mean and std where they differ from the shards'; left out: true for model
+    )
+    mean: tuple[float, float, float] | None = None  # null: what its weights or timm say, else the shards'
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None  # goes with mean
     __pydantic_config__ = _strict
 
 
@@ -316,9 +318,10 @@ class Checkpoint:
 class Track:
     """Where metrics go besides events.jsonl."""
 
-    backend: Literal["none", "wandb", "tensorboard"] = "none"  # none: events.jsonl alone
+    # none: events.jsonl alone
+    backend: Literal["none", "wandb", "tensorboard", "mlflow", "trackio"] = "none"
     mode: Literal["online", "offline"] = "offline"  # of W&B; offline needs no account
-    project: str = "irkd"  # W&B's
+    project: str = "irkd"  # at W&B and Trackio; MLflow's experiment
     log_every: Positive = 20  # steps between loss lines
     # images whose saliency panels are kept at the end of each stage
     panels: Annotated[int, Field(ge=0, le=1024)] = 4

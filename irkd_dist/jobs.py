@@ -48,6 +48,14 @@ class Job:
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What the runs here are a part of: how many runs there are in all, and how many of them were before these."""
+
+    runs: int
+    before: int
+
+
 @dataclass
 class _Running:
     job: Job
@@ -74,7 +82,9 @@ class _Requests:
             signal.signal(number, handler)
 
 
-def run(todo: Sequence[Job], beside: int, console: Console) -> tuple[dict[str, str], bool]:
+def run(
+    todo: Sequence[Job], beside: int, console: Console, whole: Whole | None = None
+) -> tuple[dict[str, str], bool]:
     """Train all, `beside` at once; a job whose run is finished only says so.
 
     With several at once each gets its part of the cores (OMP_NUM_THREADS, unless that is set) and the GPU with the
@@ -85,10 +95,11 @@ def run(todo: Sequence[Job], beside: int, console: Console) -> tuple[dict[str, s
     Returns:
         Why each job that failed did, by name; and whether a signal ended it all: then the same call goes on.
     """
+    whole, began = whole or Whole(len(todo), 0), time.monotonic()
     waiting, running, failed = collections.deque(todo), list[_Running](), dict[str, str]()
     done, stopped, largest, handed = set[str](), False, 0, 0
     devices, held = gpus.Gpus(), ""
-    with _Requests() as requests, _shown(console, todo, done, failed, beside) as show:
+    with _Requests() as requests, _shown(console, todo, done, failed, beside, whole, began) as show:
         while running or (waiting and not requests.asked):
             for each in list(running):
                 each.largest = max(each.largest, _taken(each.process.pid))
@@ -112,6 +123,11 @@ def run(todo: Sequence[Job], beside: int, console: Console) -> tuple[dict[str, s
                 gpu, lacking = devices.place(used)
                 lacking = _lacking(running, largest) or lacking
                 if lacking is None:
+                    if beside == 1:
+                        here = len(todo) - len(waiting)
+                        at, left = whole.before + here + 1, _left(whole, here, began)
+                        line = f"run {at} of {whole.runs}: {waiting[0].name}; {left}"
+                        console.print(line, style="bold", markup=False, highlight=False)
                     running.append(_start(waiting.popleft(), gpu, beside))
                 elif held != waiting[0].name:
                     held = waiting[0].name
@@ -202,7 +218,13 @@ def _why(job: Job, code: int, beside: int) -> str:
 
 @contextlib.contextmanager
 def _shown(
-    console: Console, todo: Sequence[Job], done: set[str], failed: dict[str, str], beside: int
+    console: Console,
+    todo: Sequence[Job],
+    done: set[str],
+    failed: dict[str, str],
+    beside: int,
+    whole: Whole,
+    began: float,
 ) -> Iterator[Any]:
     """A function that brings what is shown up to date: a table in a terminal, else a line for each end."""
     if beside == 1:
@@ -216,8 +238,9 @@ def _shown(
                 if name not in told:
                     told.add(name)
                     said = f"failed: {failed[name]}" if name in failed else "done"
+                    at, left = whole.before + len(told), _left(whole, len(told), began)
                     console.print(
-                        f"{len(told)} of {len(todo)}: {name}: {said}", markup=False, highlight=False
+                        f"{at} of {whole.runs}: {name}: {said}; {left}", markup=False, highlight=False
                     )
 
         yield lines
@@ -229,15 +252,27 @@ def _shown(
         def table() -> None:
             nonlocal shown_at
             if time.monotonic() - shown_at > 1:
-                live.update(_table(todo, done, failed), refresh=True)
+                live.update(_table(todo, done, failed, whole, began), refresh=True)
                 shown_at = time.monotonic()
 
         yield table
-        live.update(_table(todo, done, failed), refresh=True)
+        live.update(_table(todo, done, failed, whole, began), refresh=True)
 
 
-def _table(todo: Sequence[Job], done: set[str], failed: dict[str, str]) -> Table:
-    table = Table("run", "state", "at", "best val", "images/s", "left")
+def _left(whole: Whole, ended: int, began: float) -> str:
+    """Of all runs, by the time that those which have ended here took in the mean."""
+    seconds, left = time.monotonic() - began, whole.runs - whole.before - ended
+    if not ended or not left:
+        return f"{left} of {whole.runs} runs are left"
+    return f"{left} of {whole.runs} runs are left, about {runfolder.span(seconds / ended * left)}"
+
+
+def _table(todo: Sequence[Job], done: set[str], failed: dict[str, str], whole: Whole, began: float) -> Table:
+    ended = len(done) + len(failed)
+    caption = f"{whole.before + ended} of {whole.runs} runs have ended; {_left(whole, ended, began)}"
+    table = Table(
+        "run", "state", "at", "best val", "images/s", "left", caption=caption, caption_justify="left"
+    )
     for job in todo:
         state, cells = _row(job, done, failed)
         table.add_row(escape(job.name), state, *cells)

@@ -28,7 +28,7 @@ WRITING = ".writing-"  # begins the name of a checkpoint that is not whole yet
 PANELS, SAMPLES = "panels", "samples"
 EVALUATION, EARLIER_EVALUATION = "evaluation", "evaluation.json"  # the second: of earlier releases
 REPORT, FIGURES = "report.html", "figures"
-TENSORBOARD, WANDB_ID = "tensorboard", "wandb-id.txt"
+TENSORBOARD, WANDB_ID, MLFLOW = "tensorboard", "wandb-id.txt", "mlflow"
 STATES = ("running", "stopped", "finished", "failed")
 
 # ---- names

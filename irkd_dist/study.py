@@ -19,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from irkd_dist import __version__, eventlog, files, jobs, plain, study_page
 from irkd_dist import config as configuration
 from irkd_dist.errors import Stopped, UserError
+from irkd_dist.report import reading
 from irkd_dist.training import tracking
 
 
@@ -132,7 +133,8 @@ def run(
         Stopped: a signal asked for it.
     """
     everything = [cell for study in studies for cell in cells(study, overrides, scale)]
-    failed, left_out = dict[str, str](), dict[str, str]()
+    failed, left_out, ended = dict[str, str](), dict[str, str](), 0
+    total = len({cell.folder for cell in everything})
     for seed in dict.fromkeys(cell.seed for cell in everything):  # the teachers have none
         phase = {cell.folder: cell for cell in everything if cell.seed == seed}  # studies may share a teacher
         if seed is not None and failed:
@@ -140,7 +142,8 @@ def run(
         todo = [
             jobs.Job(c.name, c.arguments, folder) for folder, c in phase.items() if c.name not in left_out
         ]
-        problems, stopped = jobs.run(todo, beside, tracking.console())
+        problems, stopped = jobs.run(todo, beside, tracking.console(), jobs.Whole(total, ended))
+        ended += len(phase)
         failed |= problems
         if stopped:
             raise Stopped
@@ -213,12 +216,13 @@ def _result(cell: Cell) -> dict[str, Any] | None:
         return None
     if "test_accuracy" not in summary:
         raise UserError(f"{configuration.shards_of(config)} has no test split, and a study's table needs one")
+    spent = reading.spent_flops(reading.read(folder))
     kept = ("test_accuracy", "test_accuracy_last", "val_accuracy", "seconds", "steps", "resolution")
     epochs = [e for e in events if e["event"] in ("evaluation", "epoch")]
     return {
         "experiment": cell.experiment, "teacher": cell.seed is None, "seed": config.seed,
         "command": shlex.join(["irkd", *cell.arguments]), "images": sum(e.get("images", 0) for e in epochs),
-        **{key: summary[key] for key in kept if key in summary},
+        **({"flops": spent[-1][1]} if spent else {}), **{key: summary[key] for key in kept if key in summary},
     }  # fmt: skip
 
 

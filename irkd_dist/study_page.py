@@ -120,6 +120,11 @@ def _of_study(study: dict[str, Any], command: str, sd: bool) -> list[str]:
         "best validation accuracy in the last stage, `last` the weights at the end. Differences are paired over seeds."
         + (" In brackets the standard deviation over seeds." if sd else "")
     )
+    if any("flops" in r for r in runs):
+        says += (
+            " PFLOP are 10^15 operations of the training steps: matrix products and convolutions of student and "
+            "teacher, an addition and a multiplication as two; a teacher that is read from a cache is not counted."
+        )
     blocks = [*study["notes"], f"{says} One command: `{command}`.", _lines(*_summary_table(study, sd))]
     if published:
         blocks.append(_lines(*_published_table(study, sd)))
@@ -132,7 +137,7 @@ def _of_study(study: dict[str, Any], command: str, sd: bool) -> list[str]:
 
 
 def _summary_table(study: dict[str, Any], sd: bool) -> Table:
-    baseline = study["baseline"]
+    baseline, counted = study["baseline"], any("flops" in r for r in study["runs"])
     columns = [
         "experiment",
         "seeds",
@@ -140,6 +145,7 @@ def _summary_table(study: dict[str, Any], sd: bool) -> Table:
         "test, last",
         f"best less {baseline}",
         "images",
+        *(["PFLOP a run"] if counted else []),
         "seconds a run",
     ]
     rows = []
@@ -157,13 +163,15 @@ def _summary_table(study: dict[str, Any], sd: bool) -> Table:
                 _mean([100 * r["test_accuracy_last"] for r in own.values()], sd=sd),
                 "-" if name == baseline or not paired else _mean(paired, sign="+", sd=sd),
                 f"{statistics.mean(r['images'] for r in own.values()):,.0f}",
+                *([_petaflop([*own.values()])] if counted else []),
                 _mean([r["seconds"] for r in own.values()], digits=0),
             ]
         )  # fmt: skip
     for r in study["runs"]:
         if r["teacher"]:
             accuracies = [_percent(r[key]) for key in ("test_accuracy", "test_accuracy_last")]
-            rows.append(["teacher", "1", *accuracies, "-", f"{r['images']:,}", f"{r['seconds']:.0f}"])
+            flop = [_petaflop([r])] if counted else []
+            rows.append(["teacher", "1", *accuracies, "-", f"{r['images']:,}", *flop, f"{r['seconds']:.0f}"])
     return columns, rows
 
 
@@ -185,6 +193,12 @@ def _mean(values: Sequence[float], digits: int = 2, sign: str = "", sd: bool = F
     spread = f" ± {interval(values):.{digits}f}" if len(values) > 1 else ""
     spread += f" ({statistics.stdev(values):.{digits}f})" if sd and len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.{digits}f}{spread}"
+
+
+def _petaflop(runs: list[dict[str, Any]]) -> str:
+    """In 10^15 operations, the mean; a dash where they could not be counted."""
+    known = [r["flops"] / 1e15 for r in runs if "flops" in r]
+    return f"{statistics.mean(known):.3g}" if known else "-"
 
 
 def _percent(value: float) -> str:

@@ -38,7 +38,7 @@ WORDS = {
     types.NoneType: "null",
     Any: "anything",
 }
-SAME = ("teacher.model.", "student")  # the same keys: told once
+SAME = ("teacher.model.", "teacher.ensemble[i].model.")  # the keys of `student` again: told once
 HIDDEN = {"references"}  # no key: what `${...}` stood for
 
 
@@ -64,12 +64,12 @@ def _section(kind: type, prefix: str, operational: bool) -> Iterator[str]:
             many = "[i]" if any(get_origin(a) is list for a in keys.alternatives(annotation)) else ""
             below.append((inner, f"{key}{many}.", free))
         what = said[field.name] or (" ".join((inner.__doc__ or "").split()) if inner else "")
-        if f"{key}." == SAME[0]:
-            what += f"; its keys are those of `{SAME[1]}`"
+        if f"{key}." in SAME:
+            what += "; its keys are those of `student`"
         mark = "operational" if free else "semantic"
         yield f"| `{key}` | {words(annotation)} | {_default(field)} | {mark} | {_cell(what)} |\n"
     for inner, key, free in below:
-        if key != SAME[0]:
+        if key not in SAME:
             yield from _section(inner, key, free)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from benchmarks import carry
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -41,3 +46,19 @@ def test_what_the_time_does_not_allow_is_said(tmp_path: Path) -> None:
         "4:12 kd_compiled": "time is up",
     }
     assert told.count("left out: time is up") == 2
+
+
+def test_what_is_carried_is_all_that_the_other_machine_lacks() -> None:
+    present = carry.closure([*carry.PRESENT], {})
+    lacking = carry.closure(["omegaconf", "pydantic", "timm"], present)
+    assert {"omegaconf", "pydantic", "pydantic-core", "annotated-types", "timm"} <= lacking.keys()
+    assert not lacking.keys() & {
+        "torch",
+        "torchvision",
+        "numpy",
+        "pyyaml",
+        "huggingface-hub",
+    }  # there already
+    assert lacking["pydantic"] == importlib.metadata.version("pydantic")
+    with pytest.raises(SystemExit, match="no-such-package is not installed here"):
+        carry.closure(["no-such-package"], {})

@@ -31,7 +31,9 @@ PAGES = [
     for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 ]
 KINDS = ("python", "bash", "yaml", "text")  # text: what is printed, or what lies in a folder
-PREFIX = re.compile(r"(irkd|python|make|accelerate|torchrun|sbatch|wandb|pip|cp|source|eval|salloc|git) ")
+PREFIX = re.compile(
+    r"(irkd|python|bash|make|accelerate|torchrun|sbatch|wandb|pip|cp|source|eval|salloc|git) "
+)
 
 # commands that no parser of ours takes, and who runs them
 OTHERS = {
@@ -133,6 +135,15 @@ def test_commands_are_right(page: str, tmp_path: Path, monkeypatch: pytest.Monke
         check(plainly(words), page, whole=False)
 
 
+@pytest.mark.parametrize("file", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.yaml")))
+def test_commands_in_the_remarks_of_a_configuration_are_right(file: str) -> None:
+    text = re.sub(r"\s*\\\n#\s*", " ", (ROOT / file).read_text())  # a command on two lines
+    remarks = re.findall(r"#(.*)", text)
+    for remark in remarks:
+        for text in re.findall(r"(?:irkd|sbatch) (?:--|[a-z]+ )[^&();:,]*(?:,[^&();: ]+[^&();:,]*)*", remark):
+            check(plainly(shlex.split(re.split(r"\s{2,}", text)[0])), file, whole=False)
+
+
 def check(words: list[str], where: str, whole: bool = True) -> None:
     """Assert that the program that a command names would take its words; not whole: some may be left out."""
     said = f"{where}: {shlex.join(words)}"
@@ -167,6 +178,8 @@ def check(words: list[str], where: str, whole: bool = True) -> None:
             own = "runpy" not in text  # or they are another script's
             unknown = [w for w in rest if own and w.startswith("--") and f'"{w}"' not in text]
             assert not unknown, f"{said}: {script} has no {unknown}"
+        case ["bash", script, *_]:
+            assert (ROOT / script).is_file(), said
         case ["make", *rest]:
             makefile = (ROOT / "Makefile").read_text()
             for word in rest:

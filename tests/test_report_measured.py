@@ -169,6 +169,22 @@ def test_damaged_pictures_of_wrong_answers_are_named(tmp_path: Path) -> None:
     assert "50.0% (teacher 90.0%)" in text
 
 
+def test_a_page_with_as_many_pictures_as_there_may_be_is_under_three_megabytes(tmp_path: Path) -> None:
+    folder, rng = write_run(tmp_path / "irkd-seed0", [*EVENTS, SUMMARY]), np.random.default_rng(0)
+    (folder / "panels").mkdir()
+    noise = {
+        "images": rng.integers(0, 256, (8, 112, 112, 3), dtype=np.uint8), "labels": np.arange(8),
+        "ids": np.arange(8), "resolution": np.array(112),
+        "student": rng.random((8, 28, 28), np.float32), "teacher": rng.random((8, 28, 28), np.float32),
+    }  # fmt: skip
+    for epoch in range(6):
+        for stage in range(2):
+            file = folder / "panels" / f"stage-{stage:02d}-epoch-{epoch:03d}.npz"
+            np.savez(file, allow_pickle=False, **noise)
+    _measured(folder)
+    assert 1_000_000 < len(report.write([folder]).read_bytes()) < 3_000_000
+
+
 AXE = """<script>{source}</script><script>addEventListener("load", () => axe.run({options}).then(found => {
   document.body.dataset.axe = JSON.stringify({bad: found.violations.map(v => [v.id, v.impact,
     v.nodes.slice(0, 3).map(n => n.html.slice(0, 120) + " " + n.failureSummary)]),

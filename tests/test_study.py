@@ -276,3 +276,19 @@ def test_a_figure_that_no_run_backs_is_found(tmp_path: Path) -> None:
     assert list(verify.verify(tmp_path))
     page.with_suffix(".json").write_text("{")
     assert "cannot be compared" in next(iter(verify.verify(tmp_path)))
+
+
+def test_a_study_counts_operations_and_says_how_far_it_is(folder: Path) -> None:
+    out = folder / "t.md"
+    said = irkd("study", str(folder / "study.yaml"), "--out", str(out)).stdout
+    assert "run 1 of 3: " in said
+    assert "run 2 of 3: CE, seed 0; 2 of 3 runs are left" in said
+    runs = json.loads(out.with_suffix(".json").read_text())["studies"][0]["runs"]
+    width, depth, tokens, hidden = 16, 2, 5, 32  # 2 x 2 patches and the class token
+    block = 2 * tokens * (4 * width * width + 2 * width * hidden) + 4 * tokens * tokens * width
+    patches, head = 2 * 4 * (3 * 4 * 4) * width, 2 * width * 10
+    # by hand: a forward, and a backward of twice as much, but for the patches, whose pixels get no gradient
+    ce = 3 * (depth * block + head) + 2 * patches
+    assert [r["images"] * ce for r in runs[1:2]] == [r["flops"] for r in runs[1:2]]
+    assert "| PFLOP a run |" in out.read_text()
+    assert list(verify.verify(out)) == []

@@ -25,7 +25,7 @@ from irkd_dist.data.pixels import Encoding, decode
 from irkd_dist.data.remote import Url
 from irkd_dist.data.samples import Split
 from irkd_dist.data.store import Wanted
-from irkd_dist.errors import Passing, UserError, printable, reason, unreadable
+from irkd_dist.errors import UserError, printable, reason, unreadable
 
 __all__ = ["Encoding", "Manifest", "Mode", "Shard", "Split", "decode", "open_split"]
 
@@ -150,12 +150,11 @@ def _no_manifest(folder: Path) -> str:
 def _fetched(manifest: Url) -> bytes:
     try:
         return remote.read(manifest)
-    except Passing:
-        raise
     except UserError as error:
-        raise UserError(
-            f"{error}; data.shards names the folder that irkd render wrote, with {MANIFEST} in it"
-        ) from error
+        if "no such file" not in str(error):
+            raise
+        hint = f"data.shards names the folder that irkd render wrote, with {MANIFEST} in it"
+        raise UserError(f"{error}; {hint}") from error
 
 
 def _repair(folder: Path | Url) -> str:

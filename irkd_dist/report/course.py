@@ -130,7 +130,8 @@ def gradients(run: Run) -> Plan | None:
     def weight(event: reading.Event, name: str) -> float:
         stage = weights.get(event["stage"], {})
         alpha, gamma = stage.get("alpha", 0.0), stage.get("gamma", 0.0)
-        return {"ce": 1 - alpha if convex else 1.0, "kd": alpha, "saliency": gamma}[name]
+        beta = run.config.loss.features.beta
+        return {"ce": 1 - alpha if convex else 1.0, "kd": alpha, "saliency": gamma, "features": beta}[name]
 
     lines = {
         n: [(e["epoch"], weight(e, n) * e["gradients"][n]) for e in probes if n in e["gradients"]]
@@ -140,7 +141,7 @@ def gradients(run: Run) -> Plan | None:
     def draw(figure: Figure, theme: Theme) -> None:
         axes, spans = figure.subplots(), epoch_spans(run)
         figures.bands(axes, theme, spans)
-        for n, (name, style) in enumerate(zip(names, ("o-", "s--", "^-."), strict=False)):
+        for n, (name, style) in enumerate(zip(names, ("o-", "s--", "^-.", "D:"), strict=False)):
             points = [(x, y) for x, y in lines[name] if y > 0]
             line = {"color": theme.cycle[n], "lw": 1.5, "ms": 3.5, "label": TERMS[name]}
             axes.plot(*(zip(*points, strict=True) if points else ((), ())), style, **line)

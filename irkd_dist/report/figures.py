@@ -26,6 +26,7 @@ from irkd_dist import files
 
 WIDE, HALF, NARROW = 9.1, 4.3, 3.5  # widths of figures in inches of 100 CSS pixels: page, half page, phone
 DPI = 200
+MOST_BYTES = 160_000  # of one picture of photographs, of which a page has up to eight
 
 
 @dataclass(frozen=True)
@@ -189,12 +190,24 @@ def _draw(plan: Plan, width: float, theme: Theme) -> Image.Image:
 
 def _data_uri(image: Image.Image, plan: Plan, theme: Theme) -> str:
     kind = "webp" if plan.photographs else "png"
+    data = _photographs(image) if plan.photographs else _encoded(_few_colors(image, theme), kind)
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _photographs(image: Image.Image) -> bytes:
+    """As good as a page of under 3 MB has room for, and smaller where the lowest quality is still too large."""
+    while True:
+        for quality in (85, 65, 45, 25):
+            data = _encoded(image, "webp", quality=quality, method=2)
+            if len(data) <= MOST_BYTES:
+                return data
+        image = image.resize((image.width * 2 // 3, image.height * 2 // 3), Image.Resampling.LANCZOS)
+
+
+def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:
     buffer = io.BytesIO()
-    if plan.photographs:
-        image.save(buffer, kind, quality=85, method=2)
-    else:
-        _few_colors(image, theme).save(buffer, kind)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def _few_colors(image: Image.Image, theme: Theme) -> Image.Image:

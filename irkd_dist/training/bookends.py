@@ -91,8 +91,12 @@ def summarize(parts: Parts, folder: Path, tracker: Tracker, position: Position) 
                     for a in (of_stage[-1]["train_accuracy"], best["accuracy"], of_stage[-1]["accuracy"])
                 )]
             )  # fmt: skip
-    table = summary_table(str(folder), ["stage", "epochs", "train", "best val", "last val"], rows)
-    tracker.console.print(table)
+    columns = ["stage", "epochs", "train", "best val", "last val"]
+    tracker.console.print(summary_table(str(folder), columns, rows))
+    if done is None:
+        tracker.table(position.step, "stages", columns, rows)
+        if position.curriculum.best_checkpoint is not None:
+            tracker.model(folder / position.curriculum.best_checkpoint)
     steps = [e for e in events if e["event"] == "train" and "seconds" in e]
     if steps:
         seconds = sum(e["seconds"] for e in steps)
@@ -169,6 +173,10 @@ def probe_teacher(
         resolutions=facts["resolutions"],
         **({"shares": shares} if parts.teacher.members else {}),
     )
+    rows = [
+        [f"{s.resolution} px", f"{a:.2%}", f"{c:.3g}"] for s, a, c in zip(stages, values, skill, strict=True)
+    ]
+    tracker.table(position.step, "teacher", ["resolution", "accuracy", "competence"], rows)
     return skill, shares
 
 

@@ -79,6 +79,13 @@ def measure_epoch(parts: Parts, loader: Loader, resolution: int) -> dict[str, An
     return {k: v for k, v in found.items() if not isinstance(v, float) or math.isfinite(v)}
 
 
+def named(probed: dict[str, Any]) -> dict[str, float]:
+    """The numbers of `measure_epoch` by the names of metrics."""
+    names = {"correlation": "val/map_correlation", "mse": "val/map_error", "pointing": "val/pointing"}
+    norms = {f"train/gradient_{term}": norm for term, norm in probed.get("gradients", {}).items()}
+    return {name: probed[key] for key, name in names.items() if key in probed} | norms
+
+
 def object_masks(
     config: Config, manifest: shards.Manifest, split: str, resolution: int, ids: np.ndarray
 ) -> Tensor | None:
@@ -129,7 +136,7 @@ def _gradient_norms(parts: Parts, images: Tensor, labels: Tensor, view: Tensor) 
     training = parts.student.training
     parts.student.eval()
     parts.student.training = models.is_distilled(parts.student)  # itself alone: both heads, and no dropout
-    terms, _ = distiller.terms(images, labels, weight, targets, loss.kd.alpha, gamma)
+    terms, _ = distiller.terms(images, labels, weight, targets, loss.kd.alpha, gamma, beta=loss.features.beta)
     norms = {}
     for name, term in terms.items():
         own = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
@@ -152,7 +159,9 @@ def _flops_of_image(parts: Parts, size: int) -> dict[str, float]:
 
     def step(targets: Targets, gamma: float) -> int:
         with _Flops() as counter:
-            terms, _ = distiller.terms(image, label, weight, targets, alpha, gamma)
+            terms, _ = distiller.terms(
+                image, label, weight, targets, alpha, gamma, beta=config.loss.features.beta
+            )
             total = torch.stack([*terms.values()]).sum()
             torch.autograd.grad(
                 total, parameters, allow_unused=True
@@ -199,8 +208,9 @@ class _Flops(TorchDispatchMode):
 
 def _answer(parts: Parts, teacher: Teacher, view: Tensor, labels: Tensor, gamma: float) -> Targets:
     """The teacher itself, not its cache: these images come in no step."""
-    teacher = _as_it_is(teacher)
-    return teacher(view, labels, aligned=len(view) if gamma else 0, logits=parts.config.loss.kd.alpha > 0)
+    loss, aligned = parts.config.loss, len(view) if gamma else 0
+    featured = loss.features.beta > 0
+    return _as_it_is(teacher)(view, labels, aligned=aligned, logits=loss.kd.alpha > 0, featured=featured)
 
 
 def _full_view(parts: Parts, resolution: int, rows: np.ndarray) -> Tensor:

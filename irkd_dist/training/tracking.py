@@ -26,12 +26,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from irkd_dist import __version__, eventlog, files, runfolder, typed
-from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
+from irkd_dist.training import loggers
 
 if TYPE_CHECKING:
     from irkd_dist.writer import Writer
 
+NAMES = {"tensorboard": "TensorBoard", "mlflow": "MLflow", "trackio": "Trackio"}
 QUIET_S = 30.0  # off a terminal, between two lines on how far a measurement is
 T = TypeVar("T")
 
@@ -42,8 +43,8 @@ class Tracker:
     Args:
         run: run folder.
         main: whether this process is rank 0.
-        backend: `none`, `wandb` or `tensorboard`.
-        mode, project, name, config: for W&B; in a sweep its agent sets the run's id by environment.
+        backend: `none`, `wandb`, `tensorboard`, `mlflow` or `trackio`.
+        mode, project, name, config: for it; in a sweep its agent sets the run's id by environment.
         ask: called with a reason when the backend wants the run to end.
     """
 
@@ -61,8 +62,7 @@ class Tracker:
         self.main = main
         self.console = console(quiet=not main)
         self._progress: Progress | None = None
-        self._backend: Any = None
-        self._kind = backend if main else "none"
+        self._backend: loggers.Logger | None = None
         if not main:
             return
         self._file = eventlog.open_log(run / runfolder.EVENTS)
@@ -71,7 +71,11 @@ class Tracker:
         if backend == "wandb":
             self._backend = _Wandb(run, mode, project, name, config, self.say, ask)
         elif backend == "tensorboard":
-            self._backend = _tensorboard(run, config)
+            self._backend = loggers.TensorBoard(run, config)
+        elif backend == "mlflow":
+            self._backend = loggers.MLflow(run, project, name, config)
+        elif backend == "trackio":
+            self._backend = loggers.Trackio(project, name, config)
 
     def event(self, kind: str, step: int, **values: Any) -> None:
         """Append one line to events.jsonl, flushed."""
@@ -79,7 +83,7 @@ class Tracker:
             line = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
             self._pending.append(typed.checked(line))
             self._write()
-            if kind == "stop" and self._kind == "wandb":
+            if kind == "stop" and self._backend is not None:
                 self._backend.stop()
 
     def sync(self) -> None:
@@ -103,20 +107,24 @@ class Tracker:
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Send numbers to the backend; their names begin with train/, val/, test/ or system/."""
-        if self._kind == "wandb":
+        if self._backend is not None:
             self._backend.log(values, step)
-        elif self._kind == "tensorboard":
-            for key, value in values.items():
-                self._backend.add_scalar(key, value, step)
 
     def image(self, step: int, name: str, pixels: np.ndarray | None) -> None:
         """Send a picture (H, W, 3) uint8 to the backend, if there is one."""
-        if pixels is None:
-            return
-        if self._kind == "wandb":
+        if pixels is not None and self._backend is not None:
             self._backend.image(name, pixels, step)
-        elif self._kind == "tensorboard":
-            self._backend.add_image(name, pixels, step, dataformats="HWC")
+
+    def table(self, step: int, name: str, columns: list[str], rows: list[list[str]]) -> None:
+        """Send a table to the backend, if there is one."""
+        if self._backend is not None:
+            self._backend.table(name, columns, rows, step)
+
+    def model(self, checkpoint: Path) -> None:
+        """Send the weights of a checkpoint and what describes them, if there is a backend that keeps files."""
+        if self._backend is not None:
+            names = (runfolder.STATE, runfolder.STUDENT, runfolder.AVERAGE)  # not the moments
+            self._backend.model([checkpoint / n for n in names if (checkpoint / n).is_file()])
 
     def written(self, writer: Writer) -> None:
         """Record the checkpoints that were written, or not, since the last call."""
@@ -187,10 +195,8 @@ class Tracker:
         """Flush and close everything."""
         if self.main:
             self._file.close()
-        if self._kind == "wandb":
+        if self._backend is not None:
             self._backend.finish()
-        elif self._kind == "tensorboard":
-            self._backend.close()
 
 
 def console(quiet: bool = False) -> Console:
@@ -264,9 +270,10 @@ def reach(backend: str, mode: str) -> str:
     if backend == "none":
         return "events.jsonl only (track.backend=none)"
     if importlib.util.find_spec(backend) is None:
-        raise UserError(f"track.backend={backend} needs {backend}: pip install 'irkd_dist[all]'")
-    if backend == "tensorboard":
-        return "TensorBoard is installed"
+        extra = backend if backend in ("mlflow", "trackio") else "all"
+        raise UserError(f"track.backend={backend} needs {backend}: pip install 'irkd_dist[{extra}]'")
+    if backend != "wandb":
+        return f"{NAMES[backend]} is installed"
     if mode == "offline":
         return "W&B offline, no account needed; `wandb sync` sends a run later (track.mode=online: at once)"
     import wandb
@@ -394,6 +401,21 @@ class _Wandb:
 
         self._call(lambda: self.run.log({name: wandb.Image(pixels)}, step=step))
 
+    def table(self, name: str, columns: list[str], rows: list[list[str]], step: int) -> None:
+        import wandb
+
+        self._call(lambda: self.run.log({name: wandb.Table(columns=[*columns], data=rows)}, step=step))
+
+    def model(self, files: list[Path]) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(
+            loggers.artifact_name(f"{self.run.name or self.run.id}-student"), type="model"
+        )
+        for file in files:
+            artifact.add_file(str(file), policy="immutable")  # no copy: it stays where it is
+        self._call(lambda: self.run.log_artifact(artifact))
+
     def stop(self) -> None:
         """The run stops before its end; unless the server wanted that, a sweep shall give it out again."""
         self.stopped = True
@@ -454,22 +476,3 @@ class _Wandb:
             self._say(
                 f"W&B's own process has ended ({type(error).__name__}: {error}); training goes on without it"
             )
-
-
-def _tensorboard(run: Path, config: dict[str, Any]) -> Any:
-    """A writer that has the configuration in it: as text, and what changes the numbers as hyperparameters."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
-    except ImportError:
-        raise UserError("track.backend=tensorboard needs tensorboard: pip install 'irkd_dist[all]'") from None
-    writer = SummaryWriter(str(run / runfolder.TENSORBOARD))
-    text = json.dumps(config, indent=1)
-    writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), 0)
-    plain = {
-        key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
-        for key, value in configuration.semantic_keys(config).items()
-    }
-    for summary in hparams(plain, {}):
-        writer._get_file_writer().add_summary(summary)
-    return writer

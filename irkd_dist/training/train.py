@@ -174,9 +174,9 @@ def _end_epoch(run: Run, loader: Loader, validation: Loader) -> None:
         picture = panels.save(parts, run.folder, validation, before.stage, before.epoch + 1, resolution)
         tracker.image(at, "val/saliency", picture)
     if judged and (probed := probing.measure_epoch(parts, validation, resolution)):
-        tracker.event(
-            "probe", at, stage=before.stage, resolution=resolution, epoch=run.position.epoch + 1, **probed
-        )
+        epoch = run.position.epoch + 1
+        tracker.event("probe", at, stage=before.stage, resolution=resolution, epoch=epoch, **probed)
+        tracker.metrics(at, probing.named(probed))
 
     run.position = run.position.next_epoch(state, decision.action == "finish")
     best = (best_name, state) if decision.best else None

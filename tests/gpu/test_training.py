@@ -21,7 +21,7 @@ CONVOLUTIONAL = (
     "curriculum.stages=[{resolution: 16}]", "curriculum.epochs=1",
 )  # fmt: skip
 OFTEN = "checkpoint.every_steps=1"
-STOPPED, KILLED = {"IRKD_FAULT": "sigterm@step:2"}, {"IRKD_FAULT": "sigkill@step:2"}
+STOPPED, KILLED = {"IRKD_FAULT": "sigterm@step:0"}, {"IRKD_FAULT": "sigkill@step:2"}
 
 Done = dict[str, subprocess.CompletedProcess[str]]
 

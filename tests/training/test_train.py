@@ -303,11 +303,52 @@ def test_evaluate_agrees_with_the_run_and_measures_agreement(student_yaml: Path)
 
 
 def test_wandb_offline_and_tensorboard(student_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     monkeypatch.setenv("WANDB_SILENT", "true")
-    folder, _ = run(student_yaml, "track.backend=wandb", "curriculum.epochs=1", "loss.saliency.gamma=0")
-    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
+    folder, _ = run(student_yaml, "track.backend=wandb", "curriculum.epochs=1")
+    sent = b"".join(f.read_bytes() for f in (folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert b"val/map_correlation" in sent
+    assert b"student.safetensors" in sent  # of the artifact
+    media = [f.name for f in (folder / "wandb").glob("offline-run-*/files/media/*/**/*")]
+    assert any(name.startswith("stages_") for name in media)
+    assert any(name.startswith("saliency_") for name in media)
     folder, _ = run(student_yaml, "track.backend=tensorboard", "curriculum.epochs=1", name="tb")
-    assert list((folder / "tensorboard").glob("events.*"))
+    seen = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert "val/saliency" in seen.Tags()["images"]
+    assert {"val/accuracy", "val/map_correlation", "train/gradient_ce"} <= {*seen.Tags()["scalars"]}
+    assert {"stages/text_summary", "teacher/text_summary"} <= {*seen.Tags()["tensors"]}
+
+
+def test_mlflow_has_metrics_panels_tables_and_the_checkpoint(student_yaml: Path) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="pip install 'irkd_dist[mlflow]'")
+    folder, events = run(student_yaml, "track.backend=mlflow", "curriculum.epochs=1", name="ml")
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}")
+    told = client.get_run((folder / "mlflow" / "run-id.txt").read_text())
+    assert told.data.metrics["test/accuracy"] == pytest.approx(events[-1]["test_accuracy"])
+    assert told.info.status == "FINISHED"
+    names = {
+        f.path
+        for path in (None, "checkpoint", "images")
+        for f in client.list_artifacts(told.info.run_id, path)
+    }
+    assert {"stages.json", "teacher.json", "checkpoint/student.safetensors"} <= names
+    assert any(name.startswith("images/val_saliency") for name in names)
+    assert list((folder / "mlflow" / "files").glob("*/artifacts/checkpoint/student.safetensors"))
+
+
+def test_trackio_has_metrics_panels_and_tables(
+    student_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio", reason="pip install 'irkd_dist[trackio]'")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    _, events = run(student_yaml, "track.backend=trackio", "curriculum.epochs=1", name="tr")
+    lines = SQLiteStorage.get_logs("irkd", "tr")
+    merged = {key: value for line in lines for key, value in line.items()}
+    assert merged["test/accuracy"] == pytest.approx(events[-1]["test_accuracy"])
+    assert {"val/saliency", "stages"} <= {*merged}
 
 
 def edit_manifest(folder: Path, **values: object) -> None:
