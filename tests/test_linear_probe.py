@@ -16,7 +16,7 @@ from irkd_dist.data import shards
 from irkd_dist.errors import UserError
 from tests.training.launch import irkd, losses
 
-SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 NAME = "vit_small_patch14_reg4_dinov2"
 
 

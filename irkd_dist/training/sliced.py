@@ -45,8 +45,10 @@ def possible(config: Config, engine: Engine) -> Path | None:
         folder, _ = checkpoint.find(Path(spec.run))
         return folder / checkpoint.weights_file(checkpoint.load_state(folder), spec.averaged)
     path = Path(spec.model.weights) if spec.model is not None and spec.model.weights is not None else None
-    if path is None or (ours := configured.own_checkpoint(path)) is not None:
-        return None if path is None else ours / checkpoint.weights_file(checkpoint.load_state(ours))
+    if path is None:
+        return None
+    if (ours := configured.own_checkpoint(path)) is not None:
+        return ours / checkpoint.weights_file(checkpoint.load_state(ours))
     file = path / weights.NAMES[0] if path.is_dir() else path
     return file if file.suffix == ".safetensors" and file.is_file() else None
 

@@ -53,7 +53,7 @@ def test_the_loss_and_its_gradients_are_those_of_a_loop(kind: Literal["cosine", 
     without = distiller(images, labels, weight, targets, 0.0, gamma, 1.0, 0.0)
     assert "features" not in without
 
-    kept: dict[str, Tensor] = {}
+    kept: dict[tuple[str, str], Tensor] = {}
     handles = [
         m.get_submodule(p).register_forward_hook(lambda _m, _a, out, key=(who, p): kept.update({key: out}))
         for who, m, paths in (("s", student, ours), ("t", network, theirs))
