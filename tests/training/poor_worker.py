@@ -8,5 +8,5 @@ from irkd_dist.data import memory
 
 if __name__ == "__main__":
     if os.environ.get("RANK") == "1":
-        memory.left = lambda: 0
+        memory.left = lambda shared=False: 0
     sys.exit(cli.main(["train", *sys.argv[1:]]))

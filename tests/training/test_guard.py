@@ -117,10 +117,10 @@ def test_a_step_that_is_not_taken_leaves_batchnorms_statistics(
     """Activations that are NaN reach them in the forward, long before anybody looks at a gradient."""
     more, whole = [*CONVOLUTIONAL, f"data.virtual_ranks={slices}"], step.take
 
-    def spoiled(parts, batches, alpha, gamma, at):
+    def spoiled(parts, batches, alpha, gamma, at, count):
         if at == 1:
             batches = [replace(b, images=b.images * float("nan")) for b in batches]
-        return whole(parts, batches, alpha, gamma, at)
+        return whole(parts, batches, alpha, gamma, at, count)
 
     train(configuration.load(student_yaml, ["name=told", "data.leave_out=[1]", *more]))
     monkeypatch.setattr(step, "take", spoiled)

@@ -116,8 +116,8 @@ def events_teacher(events: list[dict]) -> str:
 def test_events_tell_the_run(student_yaml: Path) -> None:
     folder, events = run(student_yaml)
     assert [e["event"] for e in events if e["event"] not in ("train", "snapshot", "checkpoint", "decision")] == [
-        "start", "teacher", "stage", "evaluation", "evaluation", "transition",
-        "stage", "evaluation", "evaluation", "summary",
+        "start", "teacher", "flops", "flops", "stage", "evaluation", "probe", "evaluation", "probe", "transition",
+        "stage", "evaluation", "probe", "evaluation", "probe", "summary",
     ]  # fmt: skip
     assert of(events, "transition")[0] | {"time": 0} == {
         "event": "transition", "step": 8, "time": 0, "stage": 0, "to": 1, "resolution": 16, "reason": "2 epochs done",
