@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from irkd_dist import evaluation, verify
+from irkd_dist import verify
 from irkd_dist.cli import main
 from irkd_dist.data import index, shards
 from irkd_dist.errors import UserError
+from irkd_dist.training import probing
 
 
 @pytest.fixture
@@ -123,8 +124,8 @@ def test_a_damaged_mask_is_named_where_it_is_measured_on(copy: Path) -> None:
     data[offset : offset + size] = bytes(size)
     path.write_bytes(data)
     with contextlib.closing(shards.open_split(copy, manifest, "test", 8, verify="size")) as opened:
-        assert evaluation._mask(opened, 0, 8).shape == (8, 8)
+        assert probing._mask(opened, 0, 8).shape == (8, 8)
         with pytest.raises(UserError, match=f"{path}: the mask of sample {opened.keys[1]} cannot be read"):
-            evaluation._mask(opened, 1, 8)
+            probing._mask(opened, 1, 8)
         with pytest.raises(UserError, match=r"it has \(8, 8\) pixels, not \(12, 12\)"):
-            evaluation._mask(opened, 0, 12)
+            probing._mask(opened, 0, 12)
