@@ -5,6 +5,7 @@ Of timm's plain transformers that is known by their structure; of any other netw
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -92,6 +93,7 @@ def _structural(model: nn.Module, path: str) -> str:
 
 def _measured(model: nn.Module, path: str, side: int) -> frozenset[str]:
     """On one image of noise, by the gradient of a random direction of the logits."""
+    model = _begun(model)
     some, training = next(model.parameters()), model.training
     noise = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, side, side, generator=noise).to(some.device, some.dtype)
@@ -111,6 +113,24 @@ def _measured(model: nn.Module, path: str, side: int) -> frozenset[str]:
     if gradient is None or features.ndim not in (3, 4):
         return frozenset({"other"})  # the first forward with maps says so
     return _judged(*(tokens(model, path, t.detach(), (side, side))[0] for t in (features, gradient)))
+
+
+def _begun(model: nn.Module) -> nn.Module:
+    """The model, or where residual branches begin at zero (a norm's weight is) a copy in which they do not.
+
+    At zero they pass nothing on yet, and what is read through them alone would seem to be read by its mean.
+    """
+
+    def asleep(of: nn.Module) -> list[nn.Parameter]:
+        norms = [p for name, p in of.named_parameters() if p.ndim == 1 and name.endswith("weight")]
+        return [p for p in norms if not p.detach().any()]
+
+    if not asleep(model):
+        return model
+    other = copy.deepcopy(model)
+    for weight in asleep(other):
+        nn.init.constant_(weight, 0.5)
+    return other
 
 
 def _judged(features: Tensor, gradient: Tensor) -> frozenset[str]:
