@@ -572,7 +572,9 @@ def test_taps_without_a_map_are_named_and_refused_where_no_stage_has_any(student
         "student.name=resnet10t", "student.patch=null", "student.options={channels: [8, 8, 8, 8]}",
         "loss.saliency.taps=[[layer4, blocks.0]]", "student.distilled=false",
     ]  # fmt: skip
-    with pytest.raises(UserError, match=r"every tap is void \(layer4 \| blocks\.0\): its map is zero; use last"):
+    with pytest.raises(
+        UserError, match=r"every tap is void \(layer4 \| blocks\.0\): its map is zero; use last"
+    ):
         run(student_yaml, *convolutional)
     _, events = run(student_yaml, *convolutional[:3], "loss.saliency.taps=[[layer2, blocks.0]]", name="some")
     (told, *_) = of(events, "taps")
