@@ -143,9 +143,14 @@ class Cluster:
     def kill_node(self, name: str) -> None:
         """`kill -9` of a node's daemon with all that runs under it, as when the power fails."""
         daemon = self._daemons.pop(f"slurmd {name}", None)
-        for pid in _tree({"IRKD_NODE": name, "SLURM_CONF": self.env["SLURM_CONF"]}):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        doomed = _tree({"IRKD_NODE": name, "SLURM_CONF": self.env["SLURM_CONF"]})
+        # all halt before one dies, as without power, and children go first: else srun's second process sees the
+        # first one gone (the kernel wakes what is halted when its parent dies), and has time to ask the
+        # controller to kill the step on the other nodes too
+        for sent in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in reversed(doomed):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, sent)
         if daemon is not None:
             daemon.wait(10)
 
