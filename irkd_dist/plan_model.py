@@ -56,7 +56,7 @@ def states(spread: Spread, weights: float, n: int, average: bool, gathered: floa
 def gathered(student: nn.Module, weights: float, second_order: bool) -> float:
     """Bytes of the weights that a sharded student has whole at once: its largest block, or all of them.
 
-    A saliency gradient keeps them gathered until the step (`engines.kept_gathered`).
+    A saliency gradient keeps them gathered until the step (`fsdp2.kept_gathered`).
     """
     if second_order:
         return weights

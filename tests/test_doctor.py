@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from irkd_dist import checkpoint, doctor
+from irkd_dist import checkpoint, doctor, examination
 from irkd_dist.config import Config, Data, Fixed
 from irkd_dist.data import shards
 from tests.training.conftest import STUDENT_YAML, teacher  # noqa: F401  (a fixture)
@@ -106,21 +106,21 @@ def test_a_wrong_configuration_is_a_failure(tmp_path: Path) -> None:
 def test_a_batch_of_fewer_images_than_processes_is_a_warning(shapes: Path) -> None:
     config = Config(data=Data(batch=2), fixed=Fixed(8, 1))
     with pytest.raises(
-        doctor.Warn, match="2 over 3 processes: 0 to 1 each; 55 steps an epoch, the last has 2"
+        examination.Warn, match="2 over 3 processes: 0 to 1 each; 55 steps an epoch, the last has 2"
     ):
         doctor._batch(SimpleNamespace(world=3), config, shards.load_manifest(shapes))  # type: ignore[arg-type]
 
 
 WORKER = """
 import os, sys, time
-from irkd_dist import doctor
-doctor.VISIBLE_S, doctor.PATIENCE_S = 1.0, 5.0
+from irkd_dist import doctor, doctor_machine, examination
+doctor_machine.VISIBLE_S, examination.PATIENCE_S = 1.0, 5.0
 kind = sys.argv[1]
 if os.environ["RANK"] == "1" and kind == "differ":
     os.chdir(sys.argv[2])
-    doctor.version = lambda name: "0.0.1"
+    doctor_machine.version = lambda name: "0.0.1"
 if os.environ["RANK"] == "1" and kind == "hang":
-    doctor._bf16 = lambda *_: time.sleep(100)
+    doctor_machine._bf16 = lambda *_: time.sleep(100)
 sys.exit(doctor.doctor(None, []))
 """
 
@@ -171,7 +171,7 @@ def test_a_rendezvous_that_does_not_answer(
             "RANK": "1",
         }.items():
             monkeypatch.setenv(key, value)
-        monkeypatch.setattr(doctor, "REACH_S", 0.5)
+        monkeypatch.setattr(examination, "REACH_S", 0.5)
         assert doctor.doctor(None, []) == 1
     assert re.search(
         rf"FAIL +rendezvous +rank 1 on \S+: 127\.0\.0\.1:{port} cannot be reached", capsys.readouterr().out

@@ -28,7 +28,6 @@ from irkd_dist.training import (
     answers,
     curriculum,
     distributed,
-    engines,
     optim,
     preflight,
     restore,
@@ -36,7 +35,7 @@ from irkd_dist.training import (
     virtual,
 )  # fmt: skip
 from irkd_dist.training.curriculum import StagePlan
-from irkd_dist.training.engines import Engine
+from irkd_dist.training.engines import Engine, fsdp2
 from irkd_dist.training.parts import Parts
 
 
@@ -115,7 +114,7 @@ def build(config: Config, engine: Engine) -> Parts:
         if config.teacher is not None and config.teacher.run is None:
             teacher_digest = restore.weights_digest(teacher.model)[:16]
     elif teacher is not None and restore.teacher_sharded(config, engine):
-        engines.shard(teacher.model, engine.device)
+        fsdp2.shard(teacher.model, engine.device)
     module = engine.prepare(distiller, optimizer, config.optim.clip)
     identity = {
         "model": arguments,

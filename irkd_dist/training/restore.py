@@ -19,7 +19,7 @@ from irkd_dist.config import Config, Stage
 from irkd_dist.distill import models
 from irkd_dist.errors import UserError
 from irkd_dist.training import curriculum, distributed, engines
-from irkd_dist.training.engines import Engine
+from irkd_dist.training.engines import Engine, fsdp2
 from irkd_dist.training.parts import Parts
 from irkd_dist.training.position import Position
 
@@ -188,7 +188,7 @@ def load_stage_teacher(parts: Parts, stage: int) -> None:
     if teacher_sharded(parts.config, parts.engine):
         models.check_weights({k: v.shape for k, v in teacher.model.state_dict().items()}, weights, where)
         models.require_finite(weights, where)
-        engines.load_sharded(teacher.model, weights)
+        fsdp2.load_sharded(teacher.model, weights)
     else:
         teacher.load(weights, where)
 

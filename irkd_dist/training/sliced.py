@@ -20,8 +20,8 @@ from irkd_dist.data import shards
 from irkd_dist.distill import models, weights
 from irkd_dist.errors import UserError, one_line
 from irkd_dist.networks import Network
-from irkd_dist.training import distributed, engines
-from irkd_dist.training.engines import Engine
+from irkd_dist.training import distributed
+from irkd_dist.training.engines import Engine, fsdp2
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def load(model: nn.Module, sliced: Sliced, engine: Engine) -> None:
     Raises:
         UserError: on every rank alike: a process cannot read the file, or a weight is not finite.
     """
-    engines.shard(model, engine.device, fill=True)
+    fsdp2.shard(model, engine.device, fill=True)
     problem = ""
     try:
         with safe_open(sliced.file, "pt") as opened, torch.no_grad():

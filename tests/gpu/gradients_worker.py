@@ -8,6 +8,7 @@ import torch
 
 from irkd_dist import config as configuration
 from irkd_dist.training import build, engines, step
+from irkd_dist.training.engines import fsdp2
 from tests.training.parity_worker import full_gradient
 
 
@@ -21,8 +22,8 @@ def main(name: str, file: str, out: Path) -> None:
         with engine.micro_batch(last=True):
             told = step.arguments(job.teacher, config.loss.saliency, batch, 1.0, 0.8, step=0)
             engine.backward(job.module(*told)["total"])
-    if isinstance(engine, engines.Fsdp2):
-        engines.release(job.student)  # gradients are on the sharded parameters
+    if isinstance(engine, fsdp2.Fsdp2):
+        fsdp2.release(job.student)  # gradients are on the sharded parameters
     found = {n: full_gradient(engine, p).detach().cpu() for n, p in job.student.named_parameters()}
     torch.save(found, out)
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from irkd_dist import config as configuration
 from irkd_dist.errors import UserError
 from irkd_dist.training import build, distributed, engines, step
+from irkd_dist.training.engines import fsdp2, zero
 
 CASES = {
     "gradient": {},
@@ -55,7 +56,7 @@ def gathered(
 
 
 def full_gradient(engine: engines.Engine, parameter: torch.nn.Parameter) -> torch.Tensor:
-    if isinstance(engine, engines.Zero):
+    if isinstance(engine, zero.Zero):
         from deepspeed.utils import safe_get_full_grad
 
         gradient = safe_get_full_grad(parameter)
@@ -103,8 +104,8 @@ def run_case(overrides: dict[str, object], base: list[str], out: Path) -> dict[s
     }
     for name, value in sums.items():
         result[name] = distributed.total(engine, value) / engine.world
-    if isinstance(engine, engines.Fsdp2):
-        engines.release(job.student)  # gradients are on the sharded parameters
+    if isinstance(engine, fsdp2.Fsdp2):
+        fsdp2.release(job.student)  # gradients are on the sharded parameters
     for name, parameter in job.student.named_parameters():
         result[f"grad.{name}"] = full_gradient(engine, parameter)
     engine.discard()

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from irkd_dist import config as configuration
 from irkd_dist.data import shards
 from irkd_dist.training import build, distributed, engines, sliced
+from irkd_dist.training.engines import fsdp2
 
 
 def memory(key: str) -> float:
@@ -38,7 +39,7 @@ def loading_whole(config: configuration.Config, engine: engines.Engine) -> float
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
     model, _ = distributed.network(engine, lambda: build._teacher_network(config, manifest))
-    engines.shard(model, engine.device)
+    fsdp2.shard(model, engine.device)
     return memory("VmHWM") - before
 
 
