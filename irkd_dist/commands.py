@@ -332,6 +332,7 @@ def study(arguments: argparse.Namespace) -> int:
     loaded = _with_seeds(study.load(arguments.study), arguments.seeds)
     if arguments.cells or arguments.cell is not None:
         cells = study.cells(loaded, arguments.overrides, arguments.scale)
+        study.check_folders(cells)
         if arguments.cells:
             print(
                 "\n".join(

@@ -119,6 +119,22 @@ def cells(study: Study, overrides: Sequence[str] = (), scale: str | None = None)
     ]
 
 
+def check_folders(everything: Iterable[Cell]) -> None:
+    """Each run has a folder of its own; a teacher that is the same in two studies is one run.
+
+    Raises:
+        UserError: two that differ would be written to one folder, where the second would be taken for the first.
+    """
+    owners: dict[Path, Cell] = {}
+    for cell in everything:
+        owner = owners.setdefault(cell.folder.absolute(), cell)
+        if owner is not cell and owner.config != cell.config:
+            raise UserError(
+                f"{owner.name} and {cell.name} differ and have one run folder, {cell.folder}: give each its own out, "
+                f"e.g. own: {{{cell.experiment!r}: [out=runs/other]}} (a name= holds for all seeds)"
+            )
+
+
 def run(
     studies: Sequence[Study], overrides: Sequence[str], out: Path | None, command: str, *,
     beside: int = 1, scale: str | None = None,
@@ -129,10 +145,12 @@ def run(
     A finished run is not trained again and an interrupted one goes on, so the same command takes up where it stopped.
 
     Raises:
-        UserError: runs have failed; the others are trained, but for the students of a teacher that failed.
+        UserError: two runs would share a folder; or runs have failed, and the others are trained, but for the students
+            of a teacher that failed.
         Stopped: a signal asked for it.
     """
     everything = [cell for study in studies for cell in cells(study, overrides, scale)]
+    check_folders(everything)
     failed, left_out, ended = dict[str, str](), dict[str, str](), 0
     total = len({cell.folder for cell in everything})
     for seed in dict.fromkeys(cell.seed for cell in everything):  # the teachers have none

@@ -202,6 +202,32 @@ def test_cells_and_scales(folder: Path) -> None:
         study.load(folder / "study.yaml")
 
 
+def test_two_runs_that_differ_have_two_folders(folder: Path) -> None:
+    """Else one is never trained, and its row shows the other's figures."""
+    file, runs = folder / "study.yaml", folder / "runs"
+    for arguments in (
+        ["--seeds", "2", "name=x"],
+        ["--seeds", "2", "name=x", "--cells"],
+        ["name=x", "--cell", "2"],
+    ):
+        done = irkd("study", str(file), *arguments, check=False)
+        assert done.returncode == 2
+        assert (
+            f"and CE, seed 0 differ and have one run folder, {runs / 'x'}: give each its own out"
+            in done.stderr
+        )
+    twice = dataclasses.replace(
+        study.load(file), seeds=[0], experiments=dict.fromkeys(["a", "b"], str(folder / "ce.yaml"))
+    )
+    study.check_folders(study.cells(twice))  # one run in two rows
+    differs = dataclasses.replace(twice, own={"b": ["optim.lr=2e-3"]})
+    with pytest.raises(UserError, match="a, seed 0 and b, seed 0 differ and have one run folder"):
+        study.check_folders(study.cells(differs))
+    study.check_folders(
+        study.cells(dataclasses.replace(differs, own={"b": ["optim.lr=2e-3", "out=elsewhere"]}))
+    )
+
+
 def test_the_interval_is_students() -> None:
     """The quantiles against the integral of the density; a sample worked out by hand."""
     for freedom, t in [*enumerate(study_page.T_975, 1)][::7]:
