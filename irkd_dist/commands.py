@@ -11,10 +11,13 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from irkd_dist.data import arguments as render_arguments
 from irkd_dist.errors import UserError, printable, say
+
+if TYPE_CHECKING:
+    from irkd_dist.config import Config
 
 
 @contextmanager
@@ -101,11 +104,25 @@ def train(arguments: argparse.Namespace) -> int:
         print(config.folder_of(loaded))
         return 0
     arguments.folder = config.folder_of(loaded)  # for the traceback of a crash
+    if "WORLD_SIZE" not in os.environ and not arguments.folder.exists():
+        _look_for_files(loaded)
     with _imports():
         from irkd_dist.training.train import train
 
     train(loaded, owns_process=True, extend=arguments.extend)
     return 0
+
+
+def _look_for_files(loaded: Config) -> None:
+    """Say at once what a new run lacks, before torch is imported, which takes seconds; training looks closer."""
+    from irkd_dist import config, runfolder
+    from irkd_dist.data import shards
+
+    folder = config.shards_of(loaded)
+    if isinstance(folder, Path):
+        shards.load_manifest(folder)
+    if loaded.teacher is not None and loaded.teacher.run is not None:
+        runfolder.check_trained(Path(loaded.teacher.run), "teacher.run")
 
 
 def doctor(arguments: argparse.Namespace) -> int:

@@ -86,6 +86,7 @@ def load_teacher(config: Config, manifest: shards.Manifest, on_meta: bool = Fals
     spec = config.teacher
     assert spec is not None
     if spec.run is not None:
+        runfolder.check_trained(Path(spec.run), "teacher.run")
         network = networks.load(Path(spec.run), averaged=spec.averaged, on_meta=on_meta)
         where = f"teacher.run={spec.run}"
     else:

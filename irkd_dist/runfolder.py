@@ -79,11 +79,11 @@ def run_of(path: Path) -> Path:
     return folder if (folder / CONFIG).is_file() else path
 
 
-def check_trained(path: Path) -> None:
-    """Raise UserError where a path is neither a run folder with checkpoints nor a checkpoint."""
+def check_trained(path: Path, key: str = "") -> None:
+    """Raise UserError where a path is neither a run folder with checkpoints nor a checkpoint; `key` gave it."""
     if not (path / STATE).is_file() and not (path / CHECKPOINTS).is_dir():
         kinds = f"a run folder (with {CHECKPOINTS}/) nor a checkpoint ({STATE})"
-        raise UserError(f"{path} is neither {kinds}")
+        raise UserError(f"{f'{key}=' if key else ''}{path} is neither {kinds}")
 
 
 def panel_file(run: Path, stage: int, epoch: int) -> Path:

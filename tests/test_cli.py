@@ -172,11 +172,21 @@ def test_the_last_override_holds_and_none_is_taken_for_an_option(student_run: Pa
     assert "unrecognized arguments: --print-c" in done.stderr
 
 
-def test_what_loads_no_torch() -> None:
-    """Help, the configuration and its errors: a second of imports is not for them."""
+def test_what_loads_no_torch(shapes: Path) -> None:
+    """Help, the configuration and its errors, files that are not there: a second of imports is not for them."""
     script = "import sys; from irkd_dist.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
-    for arguments in (["train", "configs/cifar10/cpu/kd.yaml", "--print-config"], ["train", "nothing.yaml"]):
+    train, missing = (
+        ["train", "configs/cifar10/cpu/kd.yaml"],
+        ["data.shards=/nowhere", "teacher.run=/nowhere"],
+    )
+    for arguments, said in (
+        ([*train, "--print-config"], ""),
+        (["train", "nothing.yaml"], "no configuration file 'nothing.yaml'"),
+        ([*train, *missing], "no folder of shards at /nowhere"),
+        ([*train, f"data.shards={shapes}", missing[1]], "teacher.run=/nowhere is neither a run folder"),
+    ):
         done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+        assert said in done.stderr
         assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
