@@ -50,6 +50,7 @@ class StageForecast:
     steps: int
     batch: int
     step_s: float
+    kept_s: float  # of a step whose answers the teacher's cache has from an earlier epoch; 0 if there is none
     validation_s: float  # of one pass
     start_s: float
     seconds: float
@@ -107,9 +108,10 @@ def _plan(config: Config, model: Model, notes: list[str]) -> Forecast:
         opened, held = time.perf_counter() - began, _held(engine)
         weights = 4.0 * sum(shape.numel() for shape in engine.shapes.values())
         spread = _states(config, parts, weights, model.gpus)
+        draws = _kept_draws(config)
         told = []
         for i in range(len(parts.plan.stages)):
-            one = _stage(parts, i, model, weights)
+            one = _stage(parts, i, model, weights, draws)
             # of what one process takes: the weights it began with, gradients and moments are spread, the batch divided
             batch = max(one.peak_mib * MIB - held - 3 * weights, 0.0)
             peak = held - weights + spread[_spread(engine.name)] + batch / model.gpus
@@ -140,7 +142,7 @@ def show(forecast: Forecast) -> list[Table | str]:
     )  # fmt: skip
     for s in f.stages:
         table.add_row(
-            f"{s.resolution} px", str(s.epochs), f"{s.steps:,}", str(s.batch), f"{1000 * s.step_s:,.0f} ms",
+            f"{s.resolution} px", str(s.epochs), f"{s.steps:,}", str(s.batch), _step(s),
             f"{s.images_per_s:,.0f}", f"{s.validation_s:.1f} s", runfolder.span(s.seconds), f"{s.peak_mib:,.0f} MiB",
         )  # fmt: skip
     cache = f", teacher's answers {f.cache_mib:,.0f} MiB" if f.cache_mib else ""
@@ -161,13 +163,21 @@ def show(forecast: Forecast) -> list[Table | str]:
     return [table, *lines]
 
 
+def _step(stage: StageForecast) -> str:
+    kept = f", {1000 * stage.kept_s:,.0f} kept" if stage.kept_s else ""
+    return f"{1000 * stage.step_s:,.0f} ms{kept}"
+
+
 def to_dict(forecast: Forecast) -> dict[str, Any]:
     """Plain values."""
     return asdict(forecast)
 
 
-def _stage(parts: Parts, number: int, model: Model, gradient: float) -> StageForecast:
-    """Measure a few steps and a part of a validation; the student is changed, as training changes it."""
+def _stage(parts: Parts, number: int, model: Model, gradient: float, draws: int | None) -> StageForecast:
+    """Measure a few steps and a part of a validation; the student is changed, as training changes it.
+
+    draws: how many epochs ask the teacher; the answers of later ones are kept. None: each asks.
+    """
     engine, planned, loss = parts.engine, parts.plan.stages[number], parts.config.loss
     _forget_peak(engine)
     began = time.perf_counter()
@@ -194,11 +204,17 @@ def _stage(parts: Parts, number: int, model: Model, gradient: float) -> StageFor
         steps = train.steps_per_epoch
         peak = _peak(engine)
     step_s = model.seconds(alone, gradient)
+    asking = min(draws or planned.epochs, planned.epochs)
+    kept_s = model.seconds(max(alone - teacher, 0.0), gradient) if asking < planned.epochs else 0.0
     judged = math.ceil(planned.epochs / parts.config.eval_every)
-    seconds = start + planned.epochs * steps * step_s + judged * validation / model.gpus
+    seconds = (
+        start
+        + steps * (asking * step_s + (planned.epochs - asking) * kept_s)
+        + judged * validation / model.gpus
+    )
     return StageForecast(
-        planned.resolution, planned.epochs, planned.epochs * steps, planned.batch, step_s, validation, start, seconds,
-        peak / MIB, rows / step_s, teacher,
+        planned.resolution, planned.epochs, planned.epochs * steps, planned.batch, step_s, kept_s, validation, start,
+        seconds, peak / MIB, rows / step_s, teacher,
     )  # fmt: skip
 
 
@@ -228,6 +244,13 @@ def _validation(parts: Parts, loader: Any) -> float:
     measure.correct_and_count(parts.student, seen, parts.engine.autocast).tolist()
     seconds = time.perf_counter() - began
     return seconds / count * loader.steps_per_epoch
+
+
+def _kept_draws(config: Config) -> int | None:
+    """After how many epochs of a stage the teacher has said everything; None: it is asked in each."""
+    spec = config.teacher
+    keeps = spec is not None and spec.cache.folder is not None and spec.cache.mode == "auto"
+    return config.augment.draws if keeps else None
 
 
 def _judged(parts: Parts) -> int:
@@ -334,7 +357,7 @@ def _disk(folder: Path) -> float:
 def _notes(config: Config, parts: Parts) -> list[str]:
     found = []
     if config.teacher is not None and config.teacher.cache.folder is not None:
-        found.append("the teacher's cache is not counted on: what it already has makes a run shorter")
+        found.append("what the teacher's cache already has is not counted on: it makes a run shorter")
     if config.compile:
         found.append(
             "torch.compile is not measured: it makes steps shorter and each stage's first step longer"

@@ -85,6 +85,15 @@ def test_a_teacher_that_is_not_trained_yet(file: Path, shapes: Path) -> None:
     assert forecast.cache_mib * 2**20 == 110 * (4 * values + 16 * 5)
     assert 0 < forecast.cache_s < forecast.seconds
     assert 0 < forecast.checkpoint_s < 60
+    assert [s.kept_s for s in forecast.stages] == [0, 0]  # each epoch shows another draw, so asks anew
+    twice = plan.plan(configuration.load(file, [*taught, "augment.draws=2"]), file=file).stages
+    assert twice[0].kept_s == 0  # two epochs, two draws
+    late = twice[1]  # the third epoch shows the first one's again
+    assert late.kept_s == pytest.approx(late.step_s - late.teacher_s)
+    a_third = late.steps / 3
+    assert late.seconds == pytest.approx(
+        late.start_s + a_third * (2 * late.step_s + late.kept_s) + 3 * late.validation_s, rel=1e-6
+    )
     assert not (file.parent / "o").exists()
     assert not (file.parent / "cache").exists()
 
