@@ -145,7 +145,7 @@ def _measure(
                 seen = view.images if view.full is None else view.full
                 rates[key]["teacher"] = _rate(task.teacher.model, seen, task.teacher.autocast)
             batches = _first_batches(loader) if task.taps else []
-            if task.teacher is not None and not quick:
+            if task.teacher is not None and answers.has_answers(task.config) and not quick:
                 told["teacher"] = answers.by_teacher(task, split, loader)
                 teacher[key] = told["teacher"].accuracy
             if size == shown and not quick:
@@ -176,6 +176,15 @@ def _teacher(
     """The run's teacher, if it is at hand, and the student's taps that are paired with its own."""
     if config.teacher is None or not network.taps:
         return None, list(network.taps)
+    if not config.teacher.logits and methods.inner_gradient(config.loss.saliency.method):
+        notes.append(
+            f"the teacher has no logits (teacher.logits=false), so no maps by {config.loss.saliency.method} either"
+        )
+        return None, list(network.taps)
+    if config.teacher.ensemble:
+        notes.append(
+            "the teachers' accuracy is left out: here the first one alone is at hand, the run has their mean"
+        )
     try:
         own = configured.load_teacher(_last_teacher(config), manifest)
         pairs, _ = networks.tap_pairs(config, network.model, own.model)

@@ -48,6 +48,11 @@ def of(task: Task, model: nn.Module, loader: Loader, who: str) -> Answers:
     return found
 
 
+def has_answers(config: Config) -> bool:
+    """Whether the one teacher that is at hand answers as the run's does: it has a head, and is not one of several."""
+    return config.teacher is not None and config.teacher.logits and not config.teacher.ensemble
+
+
 def by_teacher(task: Task, split: str, loader: Loader) -> Answers:
     """What the teacher says of them, of the view that it has."""
     assert task.teacher is not None

@@ -133,9 +133,16 @@ def read_log(run: Path) -> Log:
 
 
 def settled(events: list[Event]) -> list[Event]:
-    """Each step once: what a resumed run did again replaces what it did before."""
+    """Each step once: what a resumed run did again replaces what it did before.
+
+    The summary of a run that was extended holds until it trains again.
+    """
     kept: list[Event] = []
+    extended = False
     for event in events:
+        extended = extended or event["event"] == "extend"
+        if extended and event["event"] in ("stage", "train", "evaluation", "epoch", "summary"):
+            kept, extended = [e for e in kept if e["event"] != "summary"], False
         if event["event"] == "start":
             kept = []
         if event["event"] in ("resume", "rollback"):

@@ -323,6 +323,7 @@ def _images(network: Network, data: str | None) -> Images:
     try:
         folder = remote.place(data or config.data.shards, config.data.shard_cache)
         manifest = shards.load_manifest(folder)
+        networks.check_classes(network.classes, manifest, str(folder), str(network.folder))
         split = next(s for s in ("test", "val", "train") if s in manifest.splits)
         by_size, labels = {}, None
         for size in sizes:

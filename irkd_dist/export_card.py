@@ -26,6 +26,11 @@ def accuracies(run: Path, checkpoint: Path) -> dict[str, float]:
     try:
         summary = next(e for e in reversed(eventlog.read_events(run)) if e["event"] == "summary")
         best = checkpoint.parent.name == runfolder.BEST
+        newest = next(iter(runfolder.bests(run)), checkpoint)
+        if (best and checkpoint.name != newest.name) or (
+            not best and runfolder.step_of(checkpoint) != summary["steps"]
+        ):
+            return {}  # an earlier one, which nobody has tested
         return {str(summary["resolution"]): float(summary["test_accuracy" if best else "test_accuracy_last"])}
     except (UserError, StopIteration, KeyError):
         return {}

@@ -62,6 +62,7 @@ class _Running:
     process: subprocess.Popen[bytes]
     gpu: str | None  # as CUDA_VISIBLE_DEVICES names it
     log_began: int  # bytes that its event log had when it was started
+    said_before: int = 0  # bytes of what it had printed until then
     largest: int = 0  # bytes of memory that it has taken so far
 
 
@@ -93,12 +94,12 @@ def run(
     says which run is held back for memory.
 
     Returns:
-        Why each job that failed did, by name; and whether a signal ended it all: then the same call goes on.
+        Why each job that failed did, by run folder; and whether a signal ended it all: then the same call goes on.
     """
     whole, began = whole or Whole(len(todo), 0), time.monotonic()
-    waiting, running, failed = collections.deque(todo), list[_Running](), dict[str, str]()
-    done, stopped, largest, handed = set[str](), False, 0, 0
-    devices, held = gpus.Gpus(), ""
+    waiting, running, failed = collections.deque(todo), list[_Running](), dict[Path, str]()
+    done, stopped, largest, handed = set[Path](), False, 0, 0
+    devices, held = gpus.Gpus(), None
     with _Requests() as requests, _shown(console, todo, done, failed, beside, whole, began) as show:
         while running or (waiting and not requests.asked):
             for each in list(running):
@@ -108,11 +109,11 @@ def run(
                     continue
                 running.remove(each)
                 if code == 0:
-                    done.add(each.job.name)
+                    done.add(each.job.folder)
                 elif code == EXIT_STOPPED:
                     stopped = True
                 else:
-                    failed[each.job.name] = _why(each.job, code, beside)
+                    failed[each.job.folder] = _why(each, code, beside)
             for number in requests.asked[handed:]:
                 for each in running:
                     each.process.send_signal(number)
@@ -129,9 +130,9 @@ def run(
                         line = f"run {at} of {whole.runs}: {waiting[0].name}; {left}"
                         console.print(line, style="bold", markup=False, highlight=False)
                     running.append(_start(waiting.popleft(), gpu, beside))
-                elif held != waiting[0].name:
-                    held = waiting[0].name
-                    console.print(f"held back: {held}: {lacking}", markup=False, highlight=False)
+                elif held is not waiting[0]:
+                    held = waiting[0]
+                    console.print(f"held back: {held.name}: {lacking}", markup=False, highlight=False)
             show()
             time.sleep(POLL_S)
     return failed, stopped or bool(requests.asked)
@@ -149,6 +150,7 @@ def _start(job: Job, gpu: str | None, beside: int) -> _Running:
         return _Running(job, subprocess.Popen(command, env=environment, preexec_fn=_with_parent), gpu, began)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
+        said_before = log.tell()
         process = subprocess.Popen(
             command,
             env=environment,
@@ -157,7 +159,7 @@ def _start(job: Job, gpu: str | None, beside: int) -> _Running:
             stderr=log,
             preexec_fn=_with_parent,
         )
-    return _Running(job, process, gpu, began)
+    return _Running(job, process, gpu, began, said_before)
 
 
 def _with_parent() -> None:
@@ -204,24 +206,34 @@ def _taken(process: int) -> int:
     return 0
 
 
-def _why(job: Job, code: int, beside: int) -> str:
-    """The last line of a failed run's log that says why; its exit code where it has none."""
+def _why(run: _Running, code: int, beside: int) -> str:
+    """The last line of a failed run that says why, of this start; how it ended where it has none."""
+    ended = f"ended with {code}" if code >= 0 else f"was killed by {_signal_name(-code)}"
     if beside == 1:
-        return f"ended with {code}; see above"
-    with contextlib.suppress(OSError):
-        lines = job.log.read_text(errors="backslashreplace").splitlines()
+        return f"{ended}; see above"
+    job = run.job
+    with contextlib.suppress(OSError), job.log.open("rb") as log:
+        log.seek(run.said_before)
+        lines = log.read().decode(errors="backslashreplace").splitlines()
         told = next((line for line in reversed(lines) if line.startswith("irkd:")), None)
         if told is not None:
             return f"{told.removeprefix('irkd: ')} (log: {job.log})"
-    return f"ended with {code} (log: {job.log})"
+    return f"{ended} (log: {job.log})"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 @contextlib.contextmanager
 def _shown(
     console: Console,
     todo: Sequence[Job],
-    done: set[str],
-    failed: dict[str, str],
+    done: set[Path],
+    failed: dict[Path, str],
     beside: int,
     whole: Whole,
     began: float,
@@ -231,13 +243,13 @@ def _shown(
         yield lambda: None
         return
     if not console.is_terminal:
-        told = set[str]()
+        told, names = set[Path](), {job.folder: job.name for job in todo}
 
         def lines() -> None:
-            for name in [*done, *failed]:
-                if name not in told:
-                    told.add(name)
-                    said = f"failed: {failed[name]}" if name in failed else "done"
+            for folder in [*done, *failed]:
+                if folder not in told:
+                    told.add(folder)
+                    name, said = names[folder], f"failed: {failed[folder]}" if folder in failed else "done"
                     at, left = whole.before + len(told), _left(whole, len(told), began)
                     console.print(
                         f"{at} of {whole.runs}: {name}: {said}; {left}", markup=False, highlight=False
@@ -267,7 +279,9 @@ def _left(whole: Whole, ended: int, began: float) -> str:
     return f"{left} of {whole.runs} runs are left, about {runfolder.span(seconds / ended * left)}"
 
 
-def _table(todo: Sequence[Job], done: set[str], failed: dict[str, str], whole: Whole, began: float) -> Table:
+def _table(
+    todo: Sequence[Job], done: set[Path], failed: dict[Path, str], whole: Whole, began: float
+) -> Table:
     ended = len(done) + len(failed)
     caption = f"{whole.before + ended} of {whole.runs} runs have ended; {_left(whole, ended, began)}"
     table = Table(
@@ -279,14 +293,14 @@ def _table(todo: Sequence[Job], done: set[str], failed: dict[str, str], whole: W
     return table
 
 
-def _row(job: Job, done: set[str], failed: dict[str, str]) -> tuple[str, list[str]]:
-    if job.name in failed:
-        return "failed", [escape(failed[job.name][:60]), "", "", ""]
+def _row(job: Job, done: set[Path], failed: dict[Path, str]) -> tuple[str, list[str]]:
+    if job.folder in failed:
+        return "failed", [escape(failed[job.folder][:60]), "", "", ""]
     try:
         now = status.read(job.folder)
     except UserError:  # it has not begun
         return "waiting", ["", "", "", ""]
-    state = "done" if job.name in done else now.state
+    state = "done" if job.folder in done else now.state
     return state, [
         f"{now.resolution} px, epoch {now.epoch}/{now.epochs}",
         "" if now.best is None else f"{now.best:.2%}",

@@ -20,7 +20,7 @@ from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.data import shards
 from irkd_dist.errors import UserError
-from irkd_dist.training import build, engines, preflight, restore
+from irkd_dist.training import build, curriculum, engines, preflight, restore
 from irkd_dist.training.engines import Engine
 from irkd_dist.training.position import Position
 
@@ -63,7 +63,7 @@ def probe(config: Config, say: Callable[[str], None] = print) -> Probed:
 def _probe(config: Config, engine: Engine, say: Callable[[str], None]) -> Probed:
     folder = configuration.folder_of(config).with_name(f"{configuration.folder_of(config).name}-probe")
     _check_folder(folder)
-    manifest = shards.load_manifest(Path(config.data.shards))
+    manifest = shards.load_manifest(configuration.shards_of(config))
     preflight.check_data(config, manifest)
     preflight.check_shards(config, engine, manifest)
     model, arguments, mean, std = _backbone(config, manifest, say)
@@ -212,8 +212,12 @@ def _write(
     engine: Engine, normalisation: tuple[tuple[float, ...], tuple[float, ...]], tried: dict[float, float],
 ) -> None:  # fmt: skip
     own = replace(config, name=folder.name)
+    # the last stage's, at whose resolution the head was fitted
+    position = Position(
+        curriculum=curriculum.State(stage=len(configuration.stages(config)) - 1), finished=True
+    )
     state = {
-        **asdict(Position(finished=True)), "model": arguments, "classes": manifest.classes,
+        **asdict(position), "model": arguments, "classes": manifest.classes,
         "mean": normalisation[0], "std": normalisation[1], "taps": networks.taps_alone(config, model),
         "method": config.loss.saliency.method, "precision": "bf16" if engine.autocast else "fp32",
         "threads": torch.get_num_threads(), "config": configuration.to_dict(own),

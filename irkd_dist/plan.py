@@ -305,7 +305,7 @@ def _with_teacher(config: Config, file: Path | None, folder: Path) -> tuple[Conf
     if found is None:
         return config, []  # the run's own error says what is missing
     source, theirs = found
-    manifest = shards.load_manifest(Path(config.data.shards))
+    manifest = shards.load_manifest(configuration.shards_of(config))
     student = replace(theirs.student, weights=None, pretrained=False)
     network, arguments, _ = configured.create_student(replace(theirs, student=student), len(manifest.classes))
     weights = folder / "teacher.safetensors"

@@ -97,6 +97,7 @@ def predict(
 
     overlay: a folder that gets each picture beside its saliency.
     """
+    names = dict[str, int]()  # of overlays, and how often each was taken
     for start in range(0, len(pictures_), BATCH):
         read = [(file, _seen(model, file)) for file in pictures_[start : start + BATCH]]
         good = [(file, seen) for file, seen in read if not isinstance(seen, str)]
@@ -110,7 +111,9 @@ def predict(
                 best = np.argsort(-row, kind="stable")[:top]
                 said[file] = Prediction(file, [model.classes[i] for i in best], [float(row[i]) for i in best])
             if overlay is not None:
-                _write_overlays(model, x, [seen for _, seen in good], [file for file, _ in good], overlay)
+                _write_overlays(
+                    model, x, [seen for _, seen in good], [file for file, _ in good], overlay, names
+                )
         for file, seen in read:
             yield seen if isinstance(seen, str) else said[file]
 
@@ -202,8 +205,9 @@ def _normalised(model: Model, seen: np.ndarray) -> np.ndarray:
 
 
 def _write_overlays(
-    model: Model, x: np.ndarray, seen: Sequence[np.ndarray], names: Sequence[Path], folder: Path
-) -> None:
+    model: Model, x: np.ndarray, seen: Sequence[np.ndarray], names: Sequence[Path], folder: Path,
+    taken: dict[str, int],
+) -> None:  # fmt: skip
     """PNGs, side by side: the picture, and the picture under its saliency (the mean over the taps)."""
     import torch
     from matplotlib import colormaps
@@ -213,7 +217,7 @@ def _write_overlays(
     assert model.student is not None
     maps = saliency.mean_map(model.student.saliency_maps(torch.from_numpy(x)))
     folder.mkdir(parents=True, exist_ok=True)
-    large, taken = max(model.size, 224), dict[str, int]()
+    large = max(model.size, 224)
     for picture, heat, name in zip(
         seen, saliency.resize_map(maps, (large, large)).numpy(), names, strict=True
     ):

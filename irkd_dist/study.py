@@ -151,14 +151,17 @@ def run(
     """
     everything = [cell for study in studies for cell in cells(study, overrides, scale)]
     check_folders(everything)
-    failed, left_out, ended = dict[str, str](), dict[str, str](), 0
+    failed, left_out, ended = dict[Path, str](), dict[Path, str](), 0
+    names = {c.folder: c.name if len(studies) == 1 else f"{c.name} ({c.folder})" for c in everything}
     total = len({cell.folder for cell in everything})
     for seed in dict.fromkeys(cell.seed for cell in everything):  # the teachers have none
         phase = {cell.folder: cell for cell in everything if cell.seed == seed}  # studies may share a teacher
         if seed is not None and failed:
-            left_out |= without_teacher(phase.values(), [c for c in everything if c.name in failed])
+            left_out |= without_teacher(phase.values(), [c for c in everything if c.folder in failed])
         todo = [
-            jobs.Job(c.name, c.arguments, folder) for folder, c in phase.items() if c.name not in left_out
+            jobs.Job(names[folder], c.arguments, folder)
+            for folder, c in phase.items()
+            if folder not in left_out
         ]
         problems, stopped = jobs.run(todo, beside, tracking.console(), jobs.Whole(total, ended))
         ended += len(phase)
@@ -168,18 +171,16 @@ def run(
         if out is not None:
             write(out, record(studies, overrides, scale, command))
     if failed:
-        named = "; ".join(f"{name}: {why}" for name, why in failed.items())
-        waiting = "; ".join(f"{name} was not started, {why}" for name, why in left_out.items())
-        raise UserError(
-            f"{len(failed)} of {len(everything)} runs failed: {named}{'; ' if waiting else ''}{waiting}"
-        )
+        named = "; ".join(f"{names[folder]}: {why}" for folder, why in failed.items())
+        waiting = "; ".join(f"{names[folder]} was not started, {why}" for folder, why in left_out.items())
+        raise UserError(f"{len(failed)} of {total} runs failed: {named}{'; ' if waiting else ''}{waiting}")
     return study_page.markdown(record(studies, overrides, scale, command))
 
 
-def without_teacher(students: Iterable[Cell], failed: Sequence[Cell]) -> dict[str, str]:
-    """Students that have nothing to learn from, by name, and whose teacher's run has failed."""
+def without_teacher(students: Iterable[Cell], failed: Sequence[Cell]) -> dict[Path, str]:
+    """Students that have nothing to learn from, by run folder, and whose teacher's run has failed."""
     folders = {cell.folder.absolute(): cell.name for cell in failed if cell.seed is None}
-    found: dict[str, str] = {}
+    found: dict[Path, str] = {}
     for cell in students:
         config = cell.config
         paths = [stage.teacher for stage in configuration.stages(config)]
@@ -188,7 +189,7 @@ def without_teacher(students: Iterable[Cell], failed: Sequence[Cell]) -> dict[st
             absolute = Path(path).absolute()
             taught_by = next((folders[f] for f in (absolute, *absolute.parents) if f in folders), None)
             if taught_by is not None:
-                found[cell.name] = f"since its teacher {taught_by} failed"
+                found[cell.folder] = f"since its teacher {taught_by} failed"
     return found
 
 

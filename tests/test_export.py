@@ -19,6 +19,7 @@ import irkd_dist
 from irkd_dist import export, export_card, networks, predict, typed, verify
 from irkd_dist.data import shards
 from irkd_dist.errors import UserError
+from irkd_dist.eventlog import read_events
 from tests.training.launch import irkd
 
 YAML = """
@@ -207,6 +208,35 @@ def test_the_command_in_each_form(exported: Path, pictures: Path, tmp_path: Path
     missing = irkd("predict", str(exported), str(tmp_path / "nothing.png"), check=False)
     assert missing.returncode == 2
     assert "nothing.png: no such file" in missing.stderr
+
+
+def test_no_overlay_takes_anothers_place(
+    run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures of one name in a folder for each class, in more batches than one."""
+    monkeypatch.setattr(predict, "BATCH", 2)
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        shutil.copy(pictures / "00.png", tmp_path / name / "0.png")
+    files, _ = predict.find([tmp_path / name for name in "abc"])
+    assert (
+        len([*predict.predict(predict.open_model(run, overlay=True), files, overlay=tmp_path / "maps")]) == 3
+    )
+    assert len([*(tmp_path / "maps").iterdir()]) == 3
+
+
+def test_a_checkpoint_that_nobody_tested_has_no_accuracy(run: Path) -> None:
+    first, last = sorted((run / "best").iterdir())
+    (final,) = (
+        f
+        for f in (run / "checkpoints").iterdir()
+        if f.name == max(f.name for f in (run / "checkpoints").iterdir())
+    )
+    (done,) = (e for e in read_events(run) if e["event"] == "summary")
+    assert export_card.accuracies(run, last) == {"16": done["test_accuracy"]}
+    assert export_card.accuracies(run, final) == {"16": done["test_accuracy_last"]}
+    assert export_card.accuracies(run, first) == {}, "the last stage's is of another"
+    assert export_card.accuracies(run, run / "checkpoints" / "step-00000001") == {}
 
 
 def test_an_exported_graph_needs_no_torch(exported: Path, pictures: Path) -> None:

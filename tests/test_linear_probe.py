@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from irkd_dist import config, linear_probe, networks
+import irkd_dist
+from irkd_dist import config, evaluation, linear_probe, networks
 from irkd_dist.data import shards
 from irkd_dist.errors import UserError
+from irkd_dist.eventlog import read_events
 from tests.training.launch import irkd, losses
 
 SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -111,6 +113,18 @@ out: {tmp_path}
     assert all(e["features"] > 0 and e["saliency"] > 0 for e in told)
     assert "kd" not in told[0]
     assert told[-1]["features"] < told[0]["features"]
+    result = evaluation.evaluate(tmp_path / "student", split="test")
+    assert result["teacher"] == {}, "a feature is no answer"
+    assert "teacher" not in result["confusion"]
+    assert result["agreement"], "its attention is a map"
+    irkd("train", str(tmp_path / "student.yaml"), "name=plain", "loss.saliency={gamma: 0, method: gradient}")
+    probes = [e for e in read_events(tmp_path / "plain") if e["event"] == "probe"]
+    assert all("gradients" in e and "correlation" not in e for e in probes), (
+        "a feature has no saliency gradient"
+    )
+    result = evaluation.evaluate(tmp_path / "plain", split="test")
+    assert result["agreement"] == {}
+    assert any("the teacher has no logits" in note for note in result["notes"])
     for change, message in (
         ("loss.kd.alpha=1", "teacher.logits=false with loss.kd.alpha=1.0: a backbone without a head"),
         ("loss.saliency.method=gradient", "teacher.logits=false with loss.saliency.method=gradient"),
@@ -122,6 +136,13 @@ out: {tmp_path}
         refused = irkd("train", str(tmp_path / "student.yaml"), "name=no", change, check=False)
         assert refused.returncode == 2
         assert message in refused.stderr
+
+
+def test_a_probe_is_as_large_as_its_head_was_fitted(shapes: Path, backbone: Path, tmp_path: Path) -> None:
+    stages = {"stages": [{"resolution": 8}, {"resolution": 16}], "epochs": 1}
+    own = configuration(shapes, tmp_path, backbone, fixed=None, curriculum=stages)
+    probed = linear_probe.probe(own)
+    assert irkd_dist.load(probed.folder).size == 16
 
 
 def test_what_cannot_be_probed(shapes: Path, backbone: Path, tmp_path: Path) -> None:

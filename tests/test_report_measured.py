@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from irkd_dist import report
-from irkd_dist.report import reading
+from irkd_dist import eventlog, report
+from irkd_dist.report import curves, reading, tables
+from irkd_dist.report.words import status
 from tests.test_report import EVENTS, SUMMARY, browse, event, row, text_of, write_panels, write_run
 
 # three classes of 10 test images each: (class, answer, how often)
@@ -85,6 +86,46 @@ def html(run: Path) -> str:
 def _csv(run: Path, name: str) -> list[list[str]]:
     with (run / "figures" / f"{name}.csv").open(newline="") as file:
         return [*csv.reader(file)]
+
+
+def test_epochs_that_were_not_judged_count_and_waits_weigh_by_their_time(tmp_path: Path) -> None:
+    own = [e for e in EVENTS if e["event"] != "summary"]
+    judged = [e for e in own if e["event"] == "evaluation"]
+    last = {e["stage"]: e for e in judged}
+    skips = [
+        {**e, "event": "epoch", "accuracy": None}
+        if e["event"] == "evaluation" and e is not last[e["stage"]]
+        else e
+        for e in own
+    ]
+    seen = reading.read(write_run(tmp_path / "every-seed0", skips))
+    for i in last:
+        count = len([e for e in judged if e["stage"] == i])
+        assert tables.stages(seen)["rows"][i][1].startswith(f"{count} / ")
+    assert {label: remark for label, _, remark in tables.tiles(seen)}["Time"].startswith(
+        f"{len(judged)} epochs"
+    )
+    assert curves.epoch_spans(seen)[0][0] == judged[0]["epoch"] - 0.5
+    steps = [
+        {"step": 10, "images_per_s": 1000.0, "data_wait": 0.5, "seconds": 1.0},
+        {"step": 20, "images_per_s": 1000.0, "data_wait": 0.0, "seconds": 9.0},  # of nine times the batch
+    ]
+    assert reading.wait_share(steps) == pytest.approx(0.05)
+
+
+def test_a_run_that_was_extended_is_not_finished_until_it_ends_again(tmp_path: Path) -> None:
+    step = SUMMARY["step"]
+    again = [event("resume", step, 500), event("extend", step, 501, changed=["fixed.epochs: 1 -> 2"])]
+    rich = [*EVENTS, SUMMARY, *again]
+    assert any(e["event"] == "summary" for e in eventlog.settled(rich)), "nothing was trained yet"
+    train = {**next(e for e in EVENTS if e["event"] == "train"), "step": step + 1}
+    assert not any(e["event"] == "summary" for e in eventlog.settled([*rich, train]))
+    done = [
+        e for e in eventlog.settled([*rich, train, {**SUMMARY, "step": step + 1}]) if e["event"] == "summary"
+    ]
+    assert [e["step"] for e in done] == [step + 1]
+    seen = reading.read(write_run(tmp_path / "more-seed0", [*rich, train]))
+    assert status(seen).startswith("unfinished")
 
 
 def test_classes_confusion_and_matrix_are_those_of_the_evaluation(run: Path, html: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 
 from irkd_dist import gpus, jobs, study, study_page, verify
@@ -154,6 +156,24 @@ def test_a_run_that_goes_on_has_to_train_again_before_another_starts(tmp_path: P
     with log.open("a") as file:
         file.write('{"event": "train"}\n')
     assert jobs._begun([running])
+
+
+def test_runs_of_one_name_are_told_apart_and_a_failure_is_this_starts(tmp_path: Path) -> None:
+    """Tables of a paper have the same rows in each study."""
+    todo = [jobs.Job("KD", arguments, tmp_path / folder) for folder, arguments in
+            (("a", ("--version",)), ("b", ("status", "nowhere")), ("c", ("--version",)))]  # fmt: skip
+    console = Console(file=io.StringIO(), width=200)
+    failed, _ = jobs.run(todo, 3, console)
+    assert [*failed] == [tmp_path / "b"]
+    assert isinstance(console.file, io.StringIO)
+    said = console.file.getvalue()
+    assert said.count("KD: done") == 2
+    assert said.count("KD: failed") == 1
+    log = todo[1].log
+    with subprocess.Popen(["true"]) as process:
+        run = jobs._Running(todo[1], process, None, 0, said_before=log.stat().st_size)
+    assert "nowhere" in log.read_text()
+    assert jobs._why(run, -9, 2) == f"was killed by SIGKILL (log: {log})"
 
 
 def started_and_asked_to_stop(folder: Path, event: bytes) -> tuple[int, str]:

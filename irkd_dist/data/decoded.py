@@ -134,9 +134,10 @@ class Images:
     def close(self) -> None:
         """Close the files and let the images go."""
         self._split.close()
-        self._cache = None
+        self._cache, self._filled = None, np.zeros(0, bool)
         if self._region is not None:
             self._region.close()
+            self._region = None  # the last that has its bytes: a stage to come needs the room
 
     def take(self, rows: np.ndarray) -> Tensor:
         """The images of some rows."""

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import math
 import os
 import threading
 import time
@@ -21,11 +22,12 @@ from pathlib import Path
 from irkd_dist import files
 from irkd_dist.data import remote
 from irkd_dist.data.remote import Settings, Url
-from irkd_dist.errors import UserError, reason
+from irkd_dist.errors import AWAY, Passing, UserError, printable, reason, say
 
 GIB = 2**30
 
 _TOUCH_S = 0.2  # a file's last use is known to this
+_WAIT_S = 30.0  # for room or another process, before it is said
 _AGAIN = 100  # times that a file may be evicted between its download and its use
 
 
@@ -105,6 +107,8 @@ class Store:
                 self._touch(number, wanted.sha256)
                 self.count("hits")
                 return os.pread(number, there if count is None else count, offset)
+            except OSError as error:
+                raise self._failed(error) from error
             finally:
                 os.close(number)
         raise UserError(
@@ -118,7 +122,7 @@ class Store:
             UserError: it cannot be had, is not what it must be, or there is no room for it.
             Stopped: `stop` said so.
         """
-        path = self.path(wanted)
+        path, tell_at = self.path(wanted), time.monotonic() + _WAIT_S
         try:
             while not _used(path):
                 with self._claimed(path, wanted.size, wait) as part:
@@ -132,6 +136,18 @@ class Store:
                     return path.exists()
                 if stop():
                     raise Stopped
+                if time.monotonic() > tell_at:
+                    tell_at = math.inf
+                    room = (
+                        ""
+                        if self.limit is None
+                        else f", of which data.shard_cache.limit_gib allows {self.limit / GIB:.3g} GiB"
+                    )
+                    say(
+                        printable(
+                            f"waiting for room, or for another process, in {self.folder}{room}: {wanted.url}"
+                        )
+                    )
                 time.sleep(0.02)  # others' downloads leave their room
         except OSError as error:
             raise self._failed(error) from error
@@ -235,7 +251,8 @@ class Store:
         hint = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             hint = f"{files.free_space(self.folder)}; make room, or set data.shard_cache.limit_gib"
-        return UserError(f"data.shard_cache.folder: {self.folder} cannot be used: {reason(error)}{hint}")
+        kind = Passing if error.errno in AWAY else UserError
+        return kind(f"data.shard_cache.folder: {self.folder} cannot be used: {reason(error)}{hint}")
 
 
 def home() -> Path:
@@ -278,7 +295,7 @@ def _removed(entry: Path) -> bool:
     """Remove a file, unless it is a download that is going on."""
     try:
         if entry.suffix == ".part":
-            with open(entry, "rb") as file:
+            with open(entry, "r+b") as file:  # NFS gives no exclusive lock to who only reads
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 entry.unlink()
         else:

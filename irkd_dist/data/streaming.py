@@ -14,7 +14,7 @@ from irkd_dist.data import index, remote, store
 from irkd_dist.data.index import Index
 from irkd_dist.data.remote import Url
 from irkd_dist.data.store import GIB, Stopped, Wanted
-from irkd_dist.errors import UserError
+from irkd_dist.errors import Passing, UserError
 
 
 class Remote:
@@ -62,7 +62,17 @@ class Remote:
         self._store.count("ranges")
         data = remote.read(wanted.url, offset, offset + size, lambda: self._store.count("retries"))
         self._store.count("bytes", len(data))
-        return data[offset : offset + size] if len(data) > size else data
+        if len(data) > max(size, remote.CHUNK):
+            raise UserError(
+                f"{wanted.url}: its server ignores ranges and sent {len(data):,} bytes for {size:,}, for each image; "
+                f"raise data.shard_cache.limit_gib={self._settings.limit_gib:g}, so that shards are kept whole"
+            )
+        found = data[offset : offset + size] if len(data) > size else data
+        if len(found) < size:
+            raise Passing(
+                f"{wanted.url} gave {len(found):,} bytes at {offset:,}, where the index has {size:,}"
+            )
+        return found
 
     def read_all(self, places: Sequence[tuple[int, int, int]]) -> list[bytes]:
         """Several parts, each (shard, offset, bytes); side by side where each is a request of its own."""

@@ -10,7 +10,8 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ import torch._inductor.exc
 from irkd_dist.distill.module import Distiller
 from irkd_dist.distill.teacher import Teacher
 
+_paused = False
 FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError)
 
 
@@ -54,6 +56,17 @@ def compiled_teacher(teacher: Teacher, backend: str = "inductor") -> Teacher:
     return teacher
 
 
+@contextmanager
+def paused() -> Iterator[None]:
+    """Inside, what is compiled runs as it is: a few blank images are not worth a graph."""
+    global _paused
+    before, _paused = _paused, True
+    try:
+        yield
+    finally:
+        _paused = before
+
+
 class Compiled:
     """A function of images and more, compiled when it first sees a shape of them.
 
@@ -70,6 +83,9 @@ class Compiled:
     ) -> None:
         # a stage is a shape, and with saliency on every k-th step two
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # DDP's own backend cuts a graph at its buckets: an inner gradient in one piece would miss the others, and be
+        # zero without a word. Gradients are then summed after the backward, not beside it.
+        torch._dynamo.config.optimize_ddp = False
         # the backward is compiled with the forward, so that what fails there is seen here; not known to every torch
         if hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
             torch._functorch.config.force_non_lazy_backward_lowering = True
@@ -80,6 +96,8 @@ class Compiled:
         self.rows: dict[torch.Size, int] = {}
 
     def __call__(self, images: torch.Tensor, *more: Any) -> Any:
+        if _paused:
+            return self.function(images, *more)
         size = images.shape[2:]
         self.rows[size] = max(len(images), self.rows.get(size, 0))
         if self.fast is None or len(images) < max(self.rows[size], 3):

@@ -118,11 +118,18 @@ def _path(model: nn.Module, name: int | str, role: str) -> str:
     return found[number]
 
 
-def widths(model: nn.Module, paths: tuple[str, ...], side: int) -> list[int]:
-    """Channels of the features at each path; runs the model on one blank image of `side` pixels."""
+def widths(
+    model: nn.Module, paths: tuple[str, ...], side: int, autocast: torch.dtype | None = None
+) -> list[int]:
+    """Channels of the features at each path; runs the model on one blank image of `side` pixels.
+
+    autocast: of a frozen teacher, some of whose weights are in that type.
+    """
     some, training = next(model.parameters()), model.training
-    with torch.no_grad(), keeping(model.eval(), paths) as kept:
-        model(torch.zeros(1, 3, side, side, device=some.device, dtype=some.dtype))
+    device, dtype = some.device, some.dtype if autocast is None else torch.float32
+    cast = torch.autocast(device.type, autocast, enabled=autocast is not None)
+    with torch.no_grad(), cast, keeping(model.eval(), paths) as kept:
+        model(torch.zeros(1, 3, side, side, device=device, dtype=dtype))
         found = [f.shape[3] for f in grids(model, paths, kept, (side, side))]
     model.train(training)
     return found

@@ -65,7 +65,9 @@ class Teacher:
             return Targets()
         seen = images
         if self.renormalize is not None:
-            scale, shift = self.renormalize
+            scale, shift = (
+                t.to(images.device) for t in self.renormalize
+            )  # a sharded one is not on its device yet
             images = images * scale + shift
         said = self.compute(images, target, aligned, logits, featured)
         if self.members and said.logits is not None:

@@ -269,7 +269,8 @@ def columns(events: list[Event], names: Sequence[str]) -> Table:
 
 def epoch_spans(run: Run) -> list[tuple[float, float, int]]:
     """Each stage's first and last epoch, half an epoch wider on both sides, and its resolution."""
-    return [(own[0]["epoch"] - 0.5, own[-1]["epoch"] + 0.5, own[0]["resolution"]) for own in run.epochs]
+    judged = [run.passed(own[0]["stage"]) for own in run.epochs]
+    return [(own[0]["epoch"] - 0.5, own[-1]["epoch"] + 0.5, own[0]["resolution"]) for own in judged]
 
 
 def _step_spans(run: Run) -> list[tuple[float, float, int]]:

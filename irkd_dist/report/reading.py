@@ -45,6 +45,12 @@ class Run:
         """The evaluations of each stage that has one, an epoch each."""
         return [own for i in range(len(self.stages)) if (own := self.of("evaluation", i))]
 
+    def passed(self, stage: int | None = None) -> list[Event]:
+        """The end of each epoch, judged or not (eval_every), of one stage if given, in order."""
+        return [
+            e for e in self.events if e["event"] in ("evaluation", "epoch") and stage in (None, e["stage"])
+        ]
+
     @property
     def best(self) -> Event | None:
         """The evaluation whose weights the run is judged by: the last stage's best, the earliest of equal ones."""
@@ -170,7 +176,11 @@ def total_seconds(run: Run) -> float:
 
 def wait_share(steps: list[Event]) -> float | None:
     """Share of the time in training steps that was spent waiting for data."""
-    steps = [e for e in steps if e["images_per_s"] > 0]
+    if all("seconds" in e for e in steps) and (whole := sum(e["seconds"] for e in steps)):
+        return float(sum(e["seconds"] * e["data_wait"] for e in steps) / whole)
+    steps = [
+        e for e in steps if e["images_per_s"] > 0
+    ]  # an early release's, which had one batch for all stages
     counts = np.diff([0, *(e["step"] for e in steps)]) if steps else np.zeros(0)
     if steps and len(steps) > 1:
         counts[0] = counts[1]  # the first line's start is not in the record

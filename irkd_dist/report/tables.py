@@ -16,7 +16,7 @@ Table = dict[str, Any]  # columns, rows of as many cells, and what the page mark
 
 def tiles(run: Run) -> list[tuple[str, str, str]]:
     """(label, value, remark) of the numbers that matter most."""
-    summary, epochs, best = run.last("summary") or {}, run.of("evaluation"), run.best
+    summary, best = run.last("summary") or {}, run.best
     found = []
     if "test_accuracy" in summary:
         remark = f"best checkpoint, {run.stages[-1].resolution} px; last {_percent(summary.get('test_accuracy_last'))}"
@@ -31,8 +31,8 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     if teacher and teacher["accuracy"]:
         remark = f"held out, {teacher['resolutions'][-1]} px"
         found.append(("Teacher", f"{teacher['accuracy'][-1]:.2%}", remark))
-    if epochs:
-        count = f"{len(epochs)} epoch{'s' * (len(epochs) > 1)}, {run.events[-1]['step']:,} steps"
+    if count := len(run.passed()):
+        count = f"{count} epoch{'s' * (count > 1)}, {run.events[-1]['step']:,} steps"
         found.append(("Time", _duration(reading.total_seconds(run)), count))
     wait = reading.wait_share(run.of("train"))
     if wait is not None:
@@ -49,7 +49,7 @@ def stages(run: Run) -> Table:
         wait = reading.wait_share(steps)
         values = {
             "stage": f"{stage.resolution} px",
-            "epochs": f"{len(epochs)} / {stage.epochs}",
+            "epochs": f"{len(run.passed(i))} / {stage.epochs}",
             "train": _percent(epochs[-1]["train_accuracy"]) if epochs else "",
             "best val": f"{max(e['accuracy'] for e in epochs):.2%}" if epochs else "",
             "last val": f"{epochs[-1]['accuracy']:.2%}" if epochs else "",
@@ -171,7 +171,7 @@ def comparison(found: list[Run]) -> Table:
             "student": config.student.name + (f" / {config.student.patch}" if config.student.patch else ""),
             "resolution": f"{sizes[0]} to {sizes[-1]} px" if len(sizes) > 1 else f"{sizes[0]} px",
             "stages": str(len(sizes)),
-            "epochs": str(len(run.of("evaluation"))),
+            "epochs": str(len(run.passed())),
             "steps": f"{run.events[-1]['step'] if run.events else 0:,}",
             "time": _duration(reading.total_seconds(run)),
         }
@@ -183,7 +183,7 @@ def comparison(found: list[Run]) -> Table:
 
 
 def _end(run: Run, stage: int) -> str:
-    epochs = run.of("evaluation", stage)
+    epochs = run.passed(stage)
     if not run.of("stage", stage):
         return "not reached"
     if run.last("summary") is None:

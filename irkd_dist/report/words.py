@@ -39,10 +39,12 @@ def notices(run: Run) -> list[str]:
     found, epochs = list(run.notices), run.of("evaluation")
     if run.last("summary") is None:
         found.append("This run is not finished; what follows is its state so far.")
-    if not epochs:
+    if not run.passed():
         found.append("No epoch has been completed yet, so there are no accuracies.")
+    elif not epochs:
+        found.append("No epoch has been judged yet (eval_every), so there are no accuracies.")
     elif len(epochs) == 1:
-        found.append("There is only one epoch, so each curve is a single point.")
+        found.append("Only one epoch was judged, so each curve is a single point.")
     gone = [e for e in run.events if e["event"] == "best_lost"]
     found += [
         f"A best checkpoint was lost, and the run went on without it: {e.get('what', '')}" for e in gone

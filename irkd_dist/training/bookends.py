@@ -83,10 +83,11 @@ def summarize(parts: Parts, folder: Path, tracker: Tracker, position: Position) 
     rows = []
     for i, stage in enumerate(plan.stages):
         of_stage = [e for e in events if e["event"] == "evaluation" and e["stage"] == i]
+        passed = len([e for e in events if e["event"] in ("evaluation", "epoch") and e["stage"] == i])
         if of_stage:
             best = max(of_stage, key=lambda e: e["accuracy"])
             rows.append(
-                [f"{stage.resolution} px", str(len(of_stage)), *(
+                [f"{stage.resolution} px", str(passed), *(
                     "-" if a is None else f"{a:.2%}"
                     for a in (of_stage[-1]["train_accuracy"], best["accuracy"], of_stage[-1]["accuracy"])
                 )]
@@ -159,7 +160,10 @@ def probe_teacher(
             if (key := (stage.resolution, stage.teacher)) in known:
                 continue
             parts.teacher.shares = shares[i]
-            known[key] = _teachers_accuracy(parts, parts.teacher, stage.resolution, "the teacher", tracker)
+            # not in its compiled form, which would take these batches for the training's
+            known[key] = _teachers_accuracy(
+                parts, replace(parts.teacher), stage.resolution, "the teacher", tracker
+            )
         values = [known[s.resolution, s.teacher] for s in stages]
     skill = [competence(a, max(values), len(manifest.classes)) for a in values]
     shown = ", ".join(f"{s.resolution} px {a:.2%}" for s, a in zip(stages, values, strict=True))
@@ -210,24 +214,33 @@ def _shares(parts: Parts, tracker: Tracker) -> list[tuple[float, ...]]:
 def choose_micro_batches(parts: Parts, folder: Path, number: int) -> str:
     """Under optim.accumulate=auto choose a stage's micro-batches, and say why; empty if they are known.
 
-    A stage that is gone on with, in as many processes, keeps those that its record has: the same bits.
+    A stage that is gone on with, in as many processes, keeps those that its record has: the same bits. One that came to
+    no step chooses anew: its choice may have been why.
     """
     if parts.config.optim.accumulate != "auto" or number in parts.chosen:
         return ""
     engine = parts.engine
-    told = (
-        e["accumulate"]
-        for e in reversed(eventlog.read_events(folder))
-        if e["event"] == "stage"
-        and e["stage"] == number
-        and e.get("processes") == engine.world
-        and "accumulate" in e
-    )
-    if (recorded := distributed.on_main(engine, lambda: next(told, None))) is not None:
+    if (
+        recorded := distributed.on_main(engine, lambda: _begun_with(folder, number, engine.world))
+    ) is not None:
         parts.chosen[number] = recorded
         return f"stage {number}: {recorded} micro-batches a process, as it was begun with"
     parts.chosen[number], why = micro.choose(parts, number)
     return f"stage {number}: {parts.chosen[number]} micro-batches a process: {why}"
+
+
+def _begun_with(folder: Path, number: int, world: int) -> int | None:
+    last = 0
+    for e in reversed(eventlog.read_log(folder).events):  # also of steps that a restart went behind
+        last = max(last, e["step"])
+        if (
+            e["event"] == "stage"
+            and e["stage"] == number
+            and e.get("processes") == world
+            and "accumulate" in e
+        ):
+            return e["accumulate"] if last > e["step"] else None
+    return None
 
 
 def probe_stages(parts: Parts, tracker: Tracker, position: Position) -> None:

@@ -257,7 +257,7 @@ def _feature_taps(
         return ()
     ours, theirs = zip(*features.pairs(student, network, spec.taps), strict=True)
     seen = manifest.largest if full_view(config) else side
-    sizes = features.widths(student, ours, side), features.widths(network, theirs, seen)
+    sizes = features.widths(student, ours, side), features.widths(network, theirs, seen, teacher.autocast)
     features.attach(student, *sizes, config.seed)
     teacher.feature_paths = theirs
     features.put_keepers(network, theirs)

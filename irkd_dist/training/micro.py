@@ -13,7 +13,7 @@ from irkd_dist.data import memory
 from irkd_dist.training import preflight
 from irkd_dist.training.parts import Parts
 
-SMALL = (2, 4)  # samples of the two that are measured
+SMALL = (4, 8)  # samples of the two that are measured, half of them aligned: BatchNorm takes no single one
 USED = 0.8  # of what is left may be taken
 OVERHEAD = 2.0  # of what autograd keeps on a CPU: gradients and temporary results beside it; an estimate
 
@@ -28,7 +28,8 @@ def choose(parts: Parts, number: int) -> tuple[int, str]:
     side = max((stage.resolution, *stage.multiscale))
     share = math.ceil(stage.batch / engine.world)
     few, more = (_bytes(parts, side, count) for count in SMALL)
-    sample = max((more - few) / (SMALL[1] - SMALL[0]), 1.0)
+    # where the second takes no more, all that it takes may be its samples'
+    sample = (more - few) / (SMALL[1] - SMALL[0]) if more > few else max(more / SMALL[1], 1.0)
     fixed = max(few - SMALL[0] * sample, 0.0) + _moments(parts)
     count = needed(share, sample, USED * _left(parts) - fixed)
     if engine.world > 1:
@@ -62,11 +63,19 @@ def _moments(parts: Parts) -> float:
 
 def _left(parts: Parts) -> float:
     device = parts.engine.device
-    return float(memory.left_on(device) if device.type == "cuda" else memory.left())
+    if device.type != "cuda":
+        return float(memory.left())
+    images = (
+        memory.DEVICE if parts.config.data.cache == "device" else 0.0
+    )  # comes after, and takes so much at most
+    return (1 - images) * memory.left_on(device)
 
 
 def _bytes(parts: Parts, side: int, count: int) -> float:
     if parts.engine.device.type == "cuda":
+        preflight.blank_step(
+            parts, side, count
+        )  # the first one makes what stays: workspaces, gathered buffers
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         preflight.blank_step(parts, side, count)

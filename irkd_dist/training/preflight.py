@@ -13,7 +13,7 @@ from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.data import shards
 from irkd_dist.data.remote import Url
-from irkd_dist.distill import models
+from irkd_dist.distill import compiling, models
 from irkd_dist.distill.measure import TappedModel
 from irkd_dist.distill.module import Targets
 from irkd_dist.distill.teacher import Teacher
@@ -190,12 +190,13 @@ def blank_step(parts: Parts, side: int, count: int) -> None:
         aligned = count // 2 if loss.saliency.gamma else 0
         view = large if full else image
         featured = loss.features.beta > 0
-        targets = parts.teacher(view, label, aligned, logits=loss.kd.alpha > 0, featured=featured)
+        with compiling.paused():
+            targets = parts.teacher(view, label, aligned, logits=loss.kd.alpha > 0, featured=featured)
     buffers = {k: v.clone() for k, v in parts.student.named_buffers()}
     parts.module.train()
     weight = torch.full((count,), 1 / count, device=device)
     weights = loss.kd.alpha, loss.saliency.gamma, 1.0, loss.features.beta
-    with parts.engine.micro_batch(last=True):
+    with compiling.paused(), parts.engine.micro_batch(last=True):
         terms = parts.module(image, label, weight, targets, *weights)
         parts.engine.backward(terms["total"])
     parts.engine.discard()

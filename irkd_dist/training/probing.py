@@ -64,7 +64,8 @@ def measure_epoch(parts: Parts, loader: Loader, resolution: int) -> dict[str, An
     view = _full_view(parts, resolution, rows) if build.full_view(config) else None
     found: dict[str, Any] = {"images": len(rows)}
     if parts.taps and not (engine.no_inner_gradient and methods.inner_gradient(method)):
-        if parts.teacher is not None:
+        headless = config.teacher is not None and not config.teacher.logits  # no score to take a gradient of
+        if parts.teacher is not None and not (headless and methods.inner_gradient(method)):
             seen = _Seen(loader.ids[rows], images, labels, torch.ones(len(rows), device=images.device), view)
             found |= measure.agreement(
                 parts.tapped, _as_it_is(parts.teacher), [seen], config.loss.saliency.normalization

@@ -93,7 +93,7 @@ def stop(run: Run) -> NoReturn:
     received = run.requests.received
     told = distributed.gather(engine, f"{distributed.name(engine)}: {received}" if received else None)
     reason = ", ".join(t for t in told if t)
-    run.tracker.event("stop", step, reason=reason)
+    run.tracker.event("stop", step, reason=reason, **run.energy())  # since the last epoch's end
     if engine.main:
         runfolder.write_status(run.folder, "stopped", step, engine.world, reason)
     run.tracker.say(f"stopped at step {step} ({reason}); the same command goes on from here")

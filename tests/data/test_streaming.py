@@ -388,6 +388,22 @@ def test_a_limit_below_one_shard_is_refused_and_one_below_the_split_fetches_alon
     assert counts.downloads >= len(files)
 
 
+def test_a_server_without_ranges_does_not_send_a_shard_for_each_image(
+    many: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = max(s.bytes for s in shards.load_manifest(many).shards["r8"]["train"])
+    url = place(server, tmp_path, limit_gib=4 * most / GIB)
+    opened, again = loader(url, Augment()), loader(url, Augment())
+    server.faults.ranges = False
+    monkeypatch.setattr(remote, "CHUNK", 8 << 20)
+    assert seen(opened) == seen(loader(many, Augment())), "small ones may come whole"
+    monkeypatch.setattr(remote, "CHUNK", 1000)
+    with pytest.raises(
+        UserError, match=r"its server ignores ranges and sent [\d,]+ bytes for [\d,]+, for each image"
+    ):
+        seen(again)
+
+
 def test_shards_without_an_index_are_scanned_once(many: Path, server: Server, tmp_path: Path) -> None:
     manifest = shards.load_manifest(many)
     old = {

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from irkd_dist.distill import compiling, models
@@ -85,6 +86,33 @@ def test_compiled_terms_and_gradients_are_the_eager_ones(method: str, head: str,
     torch.testing.assert_close(again.logits, said.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(again.maps, said.maps, rtol=1e-5, atol=1e-5)
     assert not any(t.requires_grad for t in (again.logits, *(again.maps or [])) if t is not None)
+
+
+def test_ddp_does_not_cut_the_graph_of_an_inner_gradient() -> None:
+    """More parameters than a bucket of DDP holds: the tap and what follows would be in other pieces than the score."""
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=174, depth=3, num_heads=3, num_classes=10)
+    models.without_fused_attention(model)
+    whole = Distiller(model, Objective(taps=("blocks.1",)))
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([1, 2, 3, 4])
+    told = Targets(torch.randn(4, 10), [torch.rand(4, 2, 2)])
+    arguments = images, labels, torch.full((4,), 0.25), told, 1.0, 1.0, 1.0, 0.0
+    expected = whole(*arguments)
+    gradient = gradients(expected, whole)
+    assert float(expected["saliency"]) > 0.1
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        compiled = compiling.compiled(whole, BACKEND)
+        found = nn.parallel.DistributedDataParallel(compiled)(*arguments)
+        found["total"].backward()
+        assert isinstance(compiled.forward, compiling.Compiled)
+        assert compiled.forward.fast is not None, "it was compiled"
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    for ours, theirs in zip((p.grad for p in whole.parameters()), gradient, strict=True):
+        torch.testing.assert_close(torch.zeros(1) if ours is None else ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_student_with_batch_norm_under_bf16_autocast() -> None:

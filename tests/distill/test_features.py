@@ -135,3 +135,10 @@ def test_what_cannot_be_is_refused_when_the_configuration_is_read(
 ) -> None:
     with pytest.raises(UserError, match=message):
         config.from_dict({"fixed": {"resolution": 16, "epochs": 1}, **changes}, "here")
+
+
+def test_widths_of_a_teacher_that_computes_in_bf16() -> None:
+    """Its linear layers are bf16 when it is frozen, its class token is not."""
+    network = freeze(plain.build("class_token", 2, seed=1).float(), torch.bfloat16, False)
+    assert {p.dtype for p in network.parameters()} == {torch.float32, torch.bfloat16}
+    assert features.widths(network, ("blocks.1",), 12, torch.bfloat16) == [16]

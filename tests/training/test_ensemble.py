@@ -70,6 +70,9 @@ def test_a_run_with_several_teachers_is_resumed_as_it_was(student_yaml: Path, te
         checkpoint.load_student(max((out / n / "checkpoints").glob("step-*"))) for n in ("one", "broken")
     )
     assert all(torch.equal(first[k], second[k]) for k in first)
+    judged = irkd("evaluate", str(out / "one")).stdout
+    assert "the teachers' accuracy is left out: here the first one alone is at hand" in judged
+    assert "resolution  accuracy  teacher" not in " ".join(judged.split())
     other = irkd(*run, "name=one", "teacher.ensemble=[{run: nowhere}]", check=False)
     assert other.returncode == 2
     changed = irkd(*run, "name=one", f"teacher.ensemble=[{{run: {teacher}}}]", check=False)

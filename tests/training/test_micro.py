@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from irkd_dist import checkpoint, config
 from irkd_dist.data import memory
 from irkd_dist.eventlog import read_events
-from irkd_dist.training import build, engines, micro
+from irkd_dist.training import bookends, build, engines, micro
 from tests.training.launch import irkd, losses, spawn
 
 
@@ -47,11 +48,12 @@ def test_what_a_sample_takes_is_estimated_and_bounds_the_number(
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             output = parts.student(torch.zeros(8, 3, 16, 16))
-        sample, largest = (more - few) / 2 / micro.OVERHEAD, sum(kept.values()) / 8
+        size = (more - few) / (micro.SMALL[1] - micro.SMALL[0])
+        sample, largest = size / micro.OVERHEAD, sum(kept.values()) / 8
         assert 0.7 * largest < sample < 1.5 * largest
         assert output[0].shape[0] == 8
         states = {k: v.clone() for k, v in parts.student.state_dict().items()}
-        monkeypatch.setattr(memory, "left", lambda: int((few + 8 * (more - few) / 2) / micro.USED) + 2**20)
+        monkeypatch.setattr(memory, "left", lambda: int((few + 8 * size) / micro.USED) + 2**20)
         count, why = micro.choose(parts, 1)
         assert 1 < count < 32
         assert "MiB a sample (estimated)" in why
@@ -61,6 +63,20 @@ def test_what_a_sample_takes_is_estimated_and_bounds_the_number(
         assert all(p.grad is None for p in parts.student.parameters())
     finally:
         engine.finish()
+
+
+def test_a_choice_that_led_to_no_step_is_made_anew(tmp_path: Path) -> None:
+    stage = {"time": 1.0, "step": 4, "event": "stage", "stage": 1, "processes": 2, "accumulate": 3}
+    log = tmp_path / "events.jsonl"
+    log.write_text(
+        "".join(json.dumps({"schema": 1, **e}) + "\n" for e in [stage, {**stage, "event": "resume"}])
+    )
+    assert bookends._begun_with(tmp_path, 1, 2) is None, "it may have been why"
+    with log.open("a") as file:
+        file.write(json.dumps({"schema": 1, "time": 2.0, "step": 5, "event": "skip"}) + "\n")
+    assert bookends._begun_with(tmp_path, 1, 2) == 3
+    assert bookends._begun_with(tmp_path, 1, 4) is None
+    assert bookends._begun_with(tmp_path, 0, 2) is None
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
