@@ -44,7 +44,7 @@ def notices(run: Run) -> list[str]:
     elif not epochs:
         found.append("No epoch has been judged yet (eval_every), so there are no accuracies.")
     elif len(epochs) == 1:
-        found.append("Only one epoch was judged, so each curve is a single point.")
+        found.append("There is only one epoch that was judged, so each curve is a single point.")
     gone = [e for e in run.events if e["event"] == "best_lost"]
     found += [
         f"A best checkpoint was lost, and the run went on without it: {e.get('what', '')}" for e in gone
