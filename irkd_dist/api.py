@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from irkd_dist import config as configuration
 from irkd_dist import eventlog, networks
 from irkd_dist.config import Config
 from irkd_dist.data import images as pictures
+from irkd_dist.data.geometry import CENTRAL, Geometry
 from irkd_dist.data.sources.base import Raw
 from irkd_dist.distill import losses, methods, models, places, saliency
 from irkd_dist.distill import taps as tapped_at
@@ -63,7 +65,8 @@ class Student(nn.Module):
 
     Calling it with images (B, 3, r, r) as `transform` gives them returns logits (B, K). Attributes: `model`, `classes`
     (K names), `mean` and `std` of its input, `size` (pixels, of its last stage), `resolutions` (of all its stages),
-    `taps` and `method` of its saliency, `config`, `folder` (its checkpoint).
+    `taps` and `method` of its saliency, `config`, `folder` (its checkpoint), `geometry` (how its evaluation cuts
+    pictures).
     """
 
     def __init__(
@@ -77,10 +80,17 @@ class Student(nn.Module):
         method: str,
         config: Config | None = None,
         folder: Path | None = None,
+        geometry: Geometry = CENTRAL,
     ) -> None:
         super().__init__()
         self.model, self.classes, self.mean, self.std, self.size = model.eval(), classes, mean, std, size
-        self.taps, self.method, self.config, self.folder = taps, method, config, folder
+        self.taps, self.method, self.config, self.folder, self.geometry = (
+            taps,
+            method,
+            config,
+            folder,
+            geometry,
+        )
         self.resolutions = [size] if config is None else configuration.resolutions(config)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -88,9 +98,13 @@ class Student(nn.Module):
         return models.inference_logits(self.model(images))
 
     def transform(self, image: Image | np.ndarray | str | Path, size: int | None = None) -> Tensor:
-        """An image of any kind and shape as the network sees it: (3, r, r), its central square, normalised.
+        """An image of any kind and shape as evaluation saw those of the shards: (3, r, r), normalised.
 
-        size: r; None: that of its last stage. Raises what Pillow raises for files that it cannot read.
+        It is cut, squashed or padded as they were (`geometry`). size: r; None: that of its last stage.
+
+        Raises:
+            irkd_dist.errors.UserError: evaluation sees a window of the stored images, and they are smaller than `size`.
+            OSError: and whatever else Pillow raises for a file that it cannot read.
         """
         if isinstance(image, (str, Path)):
             whole = pictures.load(Raw(str(image), Path(image))).image
@@ -98,7 +112,7 @@ class Student(nn.Module):
             whole = pictures.from_array(image)
         else:
             whole = image
-        square = pictures.fit(pictures.rgb(whole), size or self.size, "crop")
+        square = self.geometry.square(pictures.rgb(whole), size or self.size)
         pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float().div(255)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
         return (pixels - mean) / std
@@ -111,12 +125,24 @@ class Student(nn.Module):
 def load(run: str | Path, which: str = "best") -> Student:
     """Load the student of a run folder (the best of its last stage, or its `last` checkpoint) or of a checkpoint.
 
+    Warns where how its evaluation cut pictures is not known: `transform` then takes their central square.
+
     Raises:
         irkd_dist.errors.UserError: there is none, or it is damaged; the message names the file.
     """
-    n = networks.load(Path(run), which)
+    student, note = load_noted(Path(run), which)
+    if note is not None:
+        warnings.warn(note, stacklevel=2)
+    return student
+
+
+def load_noted(run: Path, which: str = "best") -> tuple[Student, str | None]:
+    """`load`, and instead of a warning its line."""
+    n = networks.load(run, which)
     config = configuration.from_dict(n.state["config"], str(n.folder))
-    return Student(n.model, n.classes, n.mean, n.std, n.size, n.taps, n.method, config, n.folder)
+    geometry, note = networks.geometry(n)
+    own = (n.model, n.classes, n.mean, n.std, n.size, n.taps, n.method)
+    return Student(*own, config, n.folder, geometry), note
 
 
 def saliency_maps(

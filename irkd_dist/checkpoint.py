@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from irkd_dist import faults, files, runfolder, typed
+from irkd_dist.data import geometry
 from irkd_dist.errors import Passing, UserError, unreadable
 from irkd_dist.runfolder import AVERAGE, OPTIMIZER, STATE, STUDENT
 
@@ -144,6 +145,7 @@ _TYPES = {
     **dict.fromkeys(("classes", "taps"), typed.list_of(typed.is_text)),
     **dict.fromkeys(("data_digest", "package_version", "method"), typed.is_text),
     "teacher_digest": typed.optional(typed.is_text),
+    "geometry": typed.optional(geometry.is_geometry),
     "stage_bests": typed.list_of(_is_best),
     "sums": typed.list_of(typed.is_real),
     "seconds": typed.is_number,

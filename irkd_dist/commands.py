@@ -291,6 +291,8 @@ def export(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         licence=arguments.licence,
     )
+    for note in told["notes"]:
+        say(f"irkd: warning: {note}")
     print(f"{arguments.out}: compared with the student on {told['images']}")
     for name, found in told["differences"].items():
         print(f"  {name}: largest difference of logits {max(found.values()):.1e} at {', '.join(found)} px")
@@ -313,6 +315,8 @@ def predict(arguments: argparse.Namespace) -> int:
     if not found:
         raise UserError(f"no pictures: {'; '.join(left_out) or 'nothing was named'}")
     model = predict.open_model(arguments.model, overlay=arguments.overlay is not None)
+    if model.note is not None:
+        say(f"irkd: warning: {model.note}")
     answers = [*predict.predict(model, found, arguments.top, arguments.overlay)]
     unread = [a for a in answers if isinstance(a, str)]
     read = [a for a in answers if not isinstance(a, str)]

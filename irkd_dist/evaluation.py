@@ -90,8 +90,8 @@ def evaluate(
             result["stages"] = answers.earlier_stages(task, path, split, sizes, raw, notes)
         result["notes"] = notes
         if place.main:
-            other_data = network.state.get("data_digest") not in (None, build.data_digest(manifest))
-            other = build.data_digest(manifest) if other_data else None
+            other_data = network.state.get("data_digest") not in (None, shards.data_digest(manifest))
+            other = shards.data_digest(manifest) if other_data else None
             _write(path, network, result, other, raw, found)
         return result
     finally:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from irkd_dist import __version__, export_card, files, networks, runfolder
 from irkd_dist import config as configuration
 from irkd_dist.data import remote, shards
 from irkd_dist.data.decoded import Dataset
+from irkd_dist.data.geometry import CENTRAL, Geometry
 from irkd_dist.data.loader import Loader
 from irkd_dist.data.views import View
 from irkd_dist.distill import models
@@ -36,6 +38,9 @@ FORMATS = ("timm", "onnx", "torch", "int8")
 MANIFEST, CONFIG, CARD, WEIGHTS = "export.json", "config.json", "README.md", "model.safetensors"
 ONNX, INT8, PROGRAM = "model.onnx", "model.int8.onnx", "model.pt2"
 TOLERANCE = 1e-4  # of logits, beside their size
+_TIMM_MODES = {"crop": "center", "squash": "squash", "pad": "border"}
+# in config.json, for us
+_KEPT = ("resolutions", "method", "taps", "size", "mean", "std", "classes", "geometry")
 COMPARED, MEASURED = (
     16,
     2048,
@@ -144,12 +149,14 @@ def _write(
 ) -> dict[str, Any]:
     config = configuration.from_dict(network.state["config"], str(network.folder))
     architecture, arguments = _timm_arguments(network)
+    geometry, note = networks.geometry(network)
     told: dict[str, Any] = {
         "format": 1, "irkd_dist": __version__, "torch": torch.__version__, "timm": timm.__version__,
         "run": str(network.folder), "step": network.state.get("step"), "images": images.source,
         "architecture": architecture, "classes": list(network.classes), "mean": list(network.mean),
         "std": list(network.std), "size": network.size, "resolutions": configuration.resolutions(config),
         "method": network.method, "taps": list(network.taps), "parameters": models.parameter_count(network.model),
+        "geometry": None if note else json.loads(json.dumps(asdict(geometry))), "notes": [note] if note else [],
         "differences": {}, "tolerance": TOLERANCE,
     }  # fmt: skip
     save_file({k: v.contiguous() for k, v in network.model.state_dict().items()}, made / WEIGHTS)
@@ -202,17 +209,28 @@ def _timm_arguments(network: Network) -> tuple[str, dict[str, Any]]:
 def _timm_config(architecture: str, arguments: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
     """What timm's `local-dir:` and `hf-hub:` read."""
     size = [3, told["size"], told["size"]]
+    geometry = CENTRAL if told["geometry"] is None else Geometry.parse(told["geometry"])
     pretrained = {
         "custom_load": False, "input_size": size, "fixed_input_size": False, "interpolation": "lanczos",
-        "crop_pct": 1.0, "crop_mode": "center", "mean": told["mean"], "std": told["std"],
+        **timm_cut(geometry, told["size"]), "mean": told["mean"], "std": told["std"],
         "num_classes": len(told["classes"]),
         **{k: v for k, v in _own_cfg(architecture).items() if k in ("first_conv", "classifier", "pool_size")},
     }  # fmt: skip
     return {
         "architecture": architecture, "num_classes": len(told["classes"]), "label_names": told["classes"],
         "model_args": arguments, "pretrained_cfg": pretrained,
-        "irkd": {key: told[key] for key in ("resolutions", "method", "taps", "size", "mean", "std", "classes")},
+        "irkd": {key: told[key] for key in _KEPT},
     }  # fmt: skip
+
+
+def timm_cut(geometry: Geometry, size: int) -> dict[str, Any]:
+    """`crop_pct` and `crop_mode` with which timm's transform cuts as `geometry` does; where it pads it is not black."""
+    _, side = geometry.sides(size)
+    whole = geometry.mode == "crop" or geometry.crop_pct == 1  # then the share follows from the sides
+    pct = size / side if whole else geometry.crop_pct
+    while math.floor(size / pct) < side:  # timm's rule, which a rounding must not leave one pixel short
+        pct = math.nextafter(pct, 0)
+    return {"crop_pct": pct, "crop_mode": _TIMM_MODES[geometry.fit]}
 
 
 def _own_cfg(architecture: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from irkd_dist import __version__, eventlog, files, runfolder, typed
 from irkd_dist import config as configuration
 from irkd_dist.data import remote
+from irkd_dist.data.geometry import Geometry
 from irkd_dist.errors import UserError
 from irkd_dist.networks import Network
 
@@ -72,6 +73,7 @@ def card(network: Network, told: dict[str, Any], name: str) -> str:
         "## Use", "",
         "```python", "import timm", f"model = timm.create_model('local-dir:{name}', pretrained=True).eval()",
         f"# images: RGB, {network.size} px, mean {_short(network.mean)}, std {_short(network.std)}", "```", "",
+        _pictures(told), "",
         *(["`irkd predict FOLDER photo.jpg`; `model.onnx` (input `images`, any batch and size above) needs no torch."
            "", ""] if "onnx" in told["differences"] else []),
         "## Compared", "",
@@ -91,6 +93,20 @@ def _teacher(teacher: configuration.Teacher | None) -> str:
         return f"run `{Path(teacher.run).name}`, seen at {'full' if teacher.view == 'full' else 'the same'} resolution"
     assert teacher.model is not None
     return f"`{teacher.model.name}` with weights `{teacher.model.weights or 'as timm has them'}`"
+
+
+def _pictures(told: dict[str, Any]) -> str:
+    """A line on how pictures of any shape become its input."""
+    if told["geometry"] is None:
+        return "How its pictures were cut is not known (a checkpoint of an earlier release): take the central square."
+    geometry, size = Geometry.parse(told["geometry"]), told["size"]
+    square = {
+        "crop": "its central square", "squash": "the whole of it squashed to a square",
+        "pad": "the whole of it on a black square (timm's `border` takes the mean colour for black)",
+    }[geometry.fit]  # fmt: skip
+    _, side = geometry.sides(size)
+    seen = f"scaled to {side} px" + (f", of which the central {size} px are seen" if side > size else "")
+    return f"Of a picture of any shape evaluation sees {square}, {seen}; `config.json` says so to timm's transforms."
 
 
 def _made_by(command: str) -> list[str]:

@@ -19,6 +19,7 @@ from irkd_dist import __version__, checkpoint, configured, files, networks, runf
 from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.data import shards
+from irkd_dist.data.geometry import Geometry
 from irkd_dist.errors import UserError
 from irkd_dist.training import build, curriculum, engines, preflight, restore
 from irkd_dist.training.engines import Engine
@@ -73,7 +74,7 @@ def _probe(config: Config, engine: Engine, say: Callable[[str], None]) -> Probed
     held_out = build.held_out(manifest)
     found, computed = {}, False
     for split in ("train", held_out):
-        facts = [restore.weights_digest(model)[:16], build.data_digest(manifest), side, mean, std, split,
+        facts = [restore.weights_digest(model)[:16], shards.data_digest(manifest), side, mean, std, split,
                  str(engine.autocast), config.data.subset, config.data.val_subset]  # fmt: skip
         name = f"features-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]}.safetensors"
         if (kept := _kept(folder / name)) is None:
@@ -221,7 +222,8 @@ def _write(
         "mean": normalisation[0], "std": normalisation[1], "taps": networks.taps_alone(config, model),
         "method": config.loss.saliency.method, "precision": "bf16" if engine.autocast else "fp32",
         "threads": torch.get_num_threads(), "config": configuration.to_dict(own),
-        "data_digest": build.data_digest(manifest), "teacher_digest": None, "package_version": __version__,
+        "data_digest": shards.data_digest(manifest), "teacher_digest": None, "package_version": __version__,
+        "geometry": asdict(Geometry.of(manifest, config.data.centre_crop)),
         "probe": {f"{p:g}": a for p, a in tried.items()},
     }  # fmt: skip
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}

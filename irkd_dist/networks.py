@@ -12,6 +12,7 @@ from irkd_dist import checkpoint, runfolder, typed
 from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.data import shards
+from irkd_dist.data.geometry import CENTRAL, Geometry
 from irkd_dist.distill import models, taps
 from irkd_dist.errors import UserError
 
@@ -67,6 +68,29 @@ def load(path: Path, which: str = "best", averaged: bool = True, on_meta: bool =
     return Network(
         model.eval(), tuple(state["classes"]), mean, std, size, tuple(taps), method, folder, state, tuple(skipped)
     )  # fmt: skip
+
+
+def geometry(network: Network) -> tuple[Geometry, str | None]:
+    """How its evaluation prepares pictures, and a line for the user where that is not known but assumed.
+
+    A checkpoint of an earlier release does not say it: then its shards do, where they lie in a folder unchanged.
+    """
+    if (kept := network.state.get("geometry")) is not None:
+        return Geometry.parse(kept), None
+    config = configuration.from_dict(network.state["config"], str(network.folder / runfolder.STATE))
+    try:
+        folder = configuration.shards_of(config)
+        if not isinstance(folder, Path):
+            raise UserError(f"its shards ({folder}) are in no folder here")
+        manifest = shards.load_manifest(folder)
+        if network.state.get("data_digest") not in (None, shards.data_digest(manifest)):
+            raise UserError(f"the shards in {folder} are not those that it was trained on")
+        return Geometry.of(manifest, config.data.centre_crop), None
+    except UserError as error:
+        return CENTRAL, (
+            f"{network.folder} does not say how its pictures were cut, as checkpoints of earlier releases, and {error}"
+            "; the central square is assumed, and is wrong for shards of --fit, --crop-pct or data.centre_crop"
+        )
 
 
 _ARGUMENTS: dict[str, typed.Check] = {

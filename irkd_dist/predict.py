@@ -15,6 +15,7 @@ from PIL import Image
 
 from irkd_dist import files
 from irkd_dist.data import images as pictures
+from irkd_dist.data.geometry import CENTRAL, Geometry, is_geometry
 from irkd_dist.data.sources.base import Raw
 from irkd_dist.errors import UserError, one_line
 
@@ -34,6 +35,8 @@ class Model:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: int  # pixels
+    geometry: Geometry = CENTRAL  # how pictures are cut, as its evaluation does
+    note: str | None = None  # for the user, where that is assumed
     session: Any = None
     student: Student | None = None
 
@@ -67,8 +70,9 @@ def open_model(path: Path, overlay: bool = False) -> Model:
         return _of_onnx(path)
     from irkd_dist import api
 
-    student = _of_timm(path) if (path / MANIFEST).is_file() else api.load(path)
-    return Model(student.classes, student.mean, student.std, student.size, student=student)
+    student, note = _of_timm(path) if (path / MANIFEST).is_file() else api.load_noted(path)
+    own = (student.classes, student.mean, student.std, student.size, student.geometry)
+    return Model(*own, note, student=student)
 
 
 def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -158,15 +162,18 @@ def _of_onnx(folder: Path) -> Model:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(folder / ONNX), options, providers=["CPUExecutionProvider"])
-    return Model(tuple(told["classes"]), tuple(told["mean"]), tuple(told["std"]), int(told["size"]), session)
+    geometry, note = _geometry(folder, told)
+    own = (tuple(told["classes"]), tuple(told["mean"]), tuple(told["std"]), int(told["size"]))
+    return Model(*own, geometry, note, session)
 
 
-def _of_timm(folder: Path) -> Any:
+def _of_timm(folder: Path) -> tuple[Student, str | None]:
     from irkd_dist import api, export
 
     told = _manifest(folder)
     mean, std = ((v[0], v[1], v[2]) for v in (told["mean"], told["std"]))
-    return api.Student(
+    geometry, note = _geometry(folder, told)
+    student = api.Student(
         export.load_timm(folder),
         tuple(told["classes"]),
         mean,
@@ -174,6 +181,18 @@ def _of_timm(folder: Path) -> Any:
         int(told["size"]),
         tuple(told["taps"]),
         told["method"],
+        geometry=geometry,
+    )
+    return student, note
+
+
+def _geometry(folder: Path, told: dict[str, Any]) -> tuple[Geometry, str | None]:
+    """How an export's pictures are cut, and a line where it does not say."""
+    if told.get("geometry") is not None:
+        return Geometry.parse(told["geometry"]), None
+    return CENTRAL, (
+        f"{folder / MANIFEST} does not say how its pictures were cut, as exports of earlier releases; the central "
+        "square is assumed, and is wrong for shards of --fit, --crop-pct or data.centre_crop (irkd export says it)"
     )
 
 
@@ -183,6 +202,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         told = json.loads(files.read(file))
         kinds = {"classes": list, "mean": list, "std": list, "size": int, "taps": list, "method": str}
         wrong = [key for key, kind in kinds.items() if not isinstance(told[key], kind)]
+        wrong += [] if told.get("geometry") is None or is_geometry(told["geometry"]) else ["geometry"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} cannot be read: {one_line(error)}") from error
     if wrong or len(told["mean"]) != 3 or len(told["std"]) != 3:
@@ -191,10 +211,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _seen(model: Model, file: Path) -> np.ndarray | str:
-    """The central square (r, r, 3) uint8 of a picture as evaluation sees it; a line where it cannot be read."""
+    """What evaluation sees of a picture, (r, r, 3) uint8; a line where it cannot be read."""
     try:
         whole = pictures.load(Raw(str(file), file)).image
-        return np.asarray(pictures.fit(whole, model.size, "crop"))
+        return np.asarray(model.geometry.square(whole, model.size))
     except Exception as error:  # a damaged file makes Pillow raise anything
         return f"{file}: {one_line(error)}"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -30,7 +29,7 @@ import numpy as np
 import PIL
 
 from irkd_dist import __version__, files
-from irkd_dist.data import images, preview, shards
+from irkd_dist.data import geometry, images, preview, shards
 from irkd_dist.data.images import Fit
 from irkd_dist.data.renderjob import (
     Job,
@@ -70,7 +69,7 @@ def render(
         UserError: unreadable images over the limit, a folder with another render in it, no space left.
     """
     check(options)
-    wanted = [math.floor(round(r / options.crop_pct, 6)) for r in options.resolutions]
+    wanted = [geometry.scaled(r, options.crop_pct) for r in options.resolutions]
     resolutions = (max(wanted),) if options.mode == "crop" else tuple(sorted(set(wanted)))
     jobs, counts = _jobs(source, options)
     plan = _plan_digest(source, options, resolutions)
@@ -115,7 +114,7 @@ def _said(facts: dict[str, int], fit: Fit) -> list[str]:
 
 def check(options: Options) -> None:
     """Raises UserError for options that make no sense."""
-    if not 0.01 <= options.crop_pct <= 1:
+    if not geometry.LEAST <= options.crop_pct <= 1:
         raise UserError(
             f"--crop-pct {options.crop_pct:g} is no part of a side; give 0.01 to 1 (nothing is cropped), e.g. 0.875"
         )

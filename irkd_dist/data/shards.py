@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -19,7 +18,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from irkd_dist import files, typed
-from irkd_dist.data import index, remote, streaming
+from irkd_dist.data import geometry, images, index, remote, streaming
+from irkd_dist.data.geometry import Mode
+from irkd_dist.data.images import Fit
 from irkd_dist.data.index import Index
 from irkd_dist.data.pixels import Encoding, decode
 from irkd_dist.data.remote import Url
@@ -32,8 +33,6 @@ __all__ = ["Encoding", "Manifest", "Mode", "Shard", "Split", "decode", "open_spl
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PARTS = ".parts"  # records of an unfinished (or repairable) render, see render.py
-
-Mode = Literal["resize", "crop"]
 
 _MOST = 1 << 53  # of counts in a manifest; beyond it JSON's readers differ
 
@@ -78,6 +77,11 @@ class Manifest:
     render: dict[str, Any]
 
     @property
+    def fit(self) -> Fit:
+        """How images that are not square were made so (`irkd render --fit`)."""
+        return self.render.get("fit", "crop")
+
+    @property
     def crop_pct(self) -> float:
         """Part of an image's side that evaluation sees (`irkd render --crop-pct`): 1, or images are stored larger."""
         return float(self.render.get("crop_pct", 1.0))
@@ -90,7 +94,7 @@ class Manifest:
 
     def scaled(self, resolution: int) -> int:
         """Side in pixels of the whole image whose central crop evaluation sees at a resolution; timm's rule."""
-        return math.floor(round(resolution / self.crop_pct, 6))
+        return geometry.scaled(resolution, self.crop_pct)
 
     def stored(self, resolution: int) -> int | None:
         """The stored resolution that a resolution is made of, None if there is none.
@@ -100,6 +104,17 @@ class Manifest:
         if self.crop_pct == 1:
             return resolution if resolution in self.resolutions else None
         return next((r for r in sorted(self.resolutions) if r >= self.scaled(resolution)), None)
+
+
+def data_digest(manifest: Manifest) -> str:
+    """16 hexadecimal digits of what the shards hold, whatever folder they are in."""
+    files = {
+        size: {split: [asdict(s) for s in files] for split, files in splits.items()}
+        for size, splits in manifest.shards.items()
+    }
+    cropped = [manifest.crop_pct] if manifest.crop_pct < 1 else []
+    values = [manifest.classes, manifest.splits, manifest.mode, files, *cropped]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -179,7 +194,9 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
         resolution: {split: tuple(_shard(record) for record in listed) for split, listed in splits.items()}
         for resolution, splits in raw["shards"].items()
     }
-    _number("render.crop_pct", raw["render"].get("crop_pct", 1.0), 0.01, 1.0)
+    _number("render.crop_pct", raw["render"].get("crop_pct", 1.0), geometry.LEAST, 1.0)
+    if (fit := raw["render"].get("fit", "crop")) not in images.FITS:
+        raise ValueError(f"render.fit is {fit!r}, none of {', '.join(images.FITS)}")
     return Manifest(
         version=raw["version"],
         dataset=printable(str(raw["dataset"])),

@@ -16,6 +16,7 @@ from torch import Tensor
 from irkd_dist.data import augment as aug
 from irkd_dist.data import policies
 from irkd_dist.data.decoded import Dataset, Images, Work
+from irkd_dist.data.geometry import Geometry
 from irkd_dist.data.recipe import Augment
 from irkd_dist.data.shards import Manifest, Mode
 from irkd_dist.errors import UserError
@@ -71,6 +72,7 @@ class Views:
         """Raises UserError for shards that are missing, damaged, or not made for the view."""
         self.view, self.seed, self._data = view, seed, data
         self._mean, self._std = data.manifest.mean, data.manifest.std
+        self._geometry = Geometry.of(data.manifest, view.centre_crop)
         self._cropped = data.manifest.mode == "resize" and data.manifest.crop_pct < 1
         stored, full = view.stored(data.manifest)
         _check(data, view, stored)
@@ -129,14 +131,12 @@ class Views:
     def _pixels(self, source: Images, size: int, draw: int, rows: np.ndarray) -> Tensor:
         """uint8 (n, 3, size, size) on the device: cropped, flipped, through AutoAugment; or made to fit."""
         images, augment = source.take(rows), self.view.augment
+        if augment is None:
+            return aug.centre_crop(aug.resize(images, self._geometry.sides(size)[1]), size)
         side = source.size
-        if self._cropped and (augment is None or augment.crop == "padded"):
+        if self._cropped and augment.crop == "padded":
             side = self._data.manifest.scaled(size)
             images = aug.resize(images, side)
-            if augment is None:
-                return aug.centre_crop(images, size)
-        if augment is None:
-            return aug.centre_crop(images, size) if self.view.centre_crop else aug.resize(images, size)
         ids, padding = source.ids[rows], augment.padding_of(side)
         if augment.crop == "resized":
             boxes = aug.crop_boxes(self.seed, draw, ids, augment.scale, augment.ratio, side)

@@ -17,6 +17,7 @@ from irkd_dist import config as configuration
 from irkd_dist.config import Config, Stage
 from irkd_dist.data import shards
 from irkd_dist.data.decoded import Dataset, Work
+from irkd_dist.data.geometry import Geometry
 from irkd_dist.data.loader import Loader
 from irkd_dist.data.sampler import Share
 from irkd_dist.data.views import View
@@ -126,7 +127,8 @@ def build(config: Config, engine: Engine) -> Parts:
         "precision": "bf16" if engine.autocast else "fp32",
         "threads": torch.get_num_threads(),
         "config": configuration.to_dict(config),
-        "data_digest": data_digest(manifest),
+        "data_digest": shards.data_digest(manifest),
+        "geometry": asdict(Geometry.of(manifest, config.data.centre_crop)),
         "teacher_digest": teacher_digest,
         "package_version": __version__,
     }
@@ -202,16 +204,6 @@ def tokens_per_image(student: nn.Module, resolutions: Sequence[int]) -> float:
     """Patch tokens of an image at these resolutions, in the mean; pixels for a student without patches."""
     patch = models.patch_size(student) or 1
     return sum((r // patch) ** 2 for r in resolutions) / len(resolutions)
-
-
-def data_digest(manifest: shards.Manifest) -> str:
-    """A digest of what the shards hold, whatever folder they are in."""
-    files = {
-        size: {split: [asdict(s) for s in files] for split, files in splits.items()}
-        for size, splits in manifest.shards.items()
-    }
-    cropped = [manifest.crop_pct] if manifest.crop_pct < 1 else []
-    return digest([manifest.classes, manifest.splits, manifest.mode, files, *cropped])
 
 
 def digest(values: Any) -> str:
