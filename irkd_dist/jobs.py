@@ -85,7 +85,7 @@ class _Requests:
 
 def run(
     todo: Sequence[Job], beside: int, console: Console, whole: Whole | None = None
-) -> tuple[dict[str, str], bool]:
+) -> tuple[dict[Path, str], bool]:
     """Train all, `beside` at once; a job whose run is finished only says so.
 
     With several at once each gets its part of the cores (OMP_NUM_THREADS, unless that is set) and the GPU with the
