@@ -573,8 +573,7 @@ def check(config: Config) -> None:
             raise UserError(
                 f"teacher.cache.{changed}={getattr(cache, changed)} without a cache: give teacher.cache.folder"
             )
-        if (config.teacher.mean is None) != (config.teacher.std is None):
-            raise UserError("teacher.mean and teacher.std go together: give both or none")
+        _check_normalisation(config.teacher)
     if config.student.distilled is True and config.student.name in PAPER_MODELS and not loss.kd.alpha:
         raise UserError(
             "student.distilled=true with loss.kd.alpha=0: nothing teaches the distillation token; use auto"
@@ -616,6 +615,21 @@ def check(config: Config) -> None:
     for role, model in patches.items():
         if model.name in PAPER_MODELS and model.patch is not None:
             check_resolutions(config, model.patch, role)
+
+
+def _check_normalisation(teacher: Teacher) -> None:
+    """Refuse means and deviations that nobody would read."""
+    named = [
+        ("teacher", teacher),
+        *((f"teacher.ensemble[{i}]", one) for i, one in enumerate(teacher.ensemble)),
+    ]
+    for key, one in named:
+        if (one.mean is None) != (one.std is None):
+            raise UserError(f"{key}.mean and {key}.std go together: give both or none")
+        if one.mean is not None and one.run is not None:
+            raise UserError(
+                f"{key}.mean with {key}.run: a run knows what it was trained with; leave mean and std out"
+            )
 
 
 def _check_ensemble(config: Config, teacher: Teacher) -> None:

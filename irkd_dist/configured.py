@@ -234,7 +234,9 @@ def _of_timm(
     if "file" not in overlay:
         overlay |= hub.local_copy(named, f"{key}.pretrained=true")
     arguments = {**arguments, "options": {**arguments["options"], "pretrained_cfg_overlay": overlay}}
-    model = models.create_model(**arguments, pretrained=True)
+    with weights.loading() as loaded:
+        model = models.create_model(**arguments, pretrained=True)
+    weights.require_whole(model, loaded, where)
     weights.require_finite(model.state_dict(), where)
     notes, cfg = [], named.cfg
     if cfg.get("num_classes") != arguments["classes"]:

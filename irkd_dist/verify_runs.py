@@ -28,6 +28,11 @@ def run(folder: Path, progress: Callable[[int, int], None] = lambda done, total:
     for problem in (runfolder.read_status(folder)[1], runfolder.read_restarts(folder)[1]):
         found += [f"{folder}/{problem}"] if problem else []
     kept = [*runfolder.steps(folder / runfolder.CHECKPOINTS), *runfolder.bests(folder)]
+    step = runfolder.read_status(folder)[0].get("step", 0)
+    if step and not runfolder.steps(folder / runfolder.CHECKPOINTS):
+        found.append(
+            f"{folder / runfolder.CHECKPOINTS}: no checkpoint is there, and the run came to step {step:,}"
+        )
     for done, one in enumerate(kept):
         progress(done, len(kept))
         found += checkpoint_folder(one)

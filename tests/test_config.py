@@ -434,3 +434,23 @@ def test_command_line_ends_with_code_2_and_one_line(base: Path) -> None:
     assert done.stderr.strip().splitlines() == [
         "irkd: error: override '--optim.lrr=1': unknown key optim.lrr=1; did you mean lr?"
     ]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ({"run": "a", "mean": [0.5] * 3, "std": [0.5] * 3}, r"teacher\.mean with teacher\.run: a run knows"),
+        (
+            {"run": "a", "ensemble": [{"run": "b", "mean": [0.5] * 3}]},
+            r"teacher\.ensemble\[0\]\.mean and .*together",
+        ),
+        (
+            {"run": "a", "ensemble": [{"run": "b", "mean": [0.5] * 3, "std": [0.5] * 3}]},
+            r"teacher\.ensemble\[0\]\.mean with teacher\.ensemble\[0\]\.run",
+        ),
+    ],
+)
+def test_a_normalisation_that_nobody_would_read_is_refused(teacher: dict[str, Any], message: str) -> None:
+    tree = {"fixed": {"resolution": 16, "epochs": 1}, "teacher": teacher, "loss": {"kd": {"alpha": 1}}}
+    with pytest.raises(UserError, match=message):
+        config.from_dict(tree, "here")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from irkd_dist import files
 from irkd_dist.data.sources.base import Raw
@@ -32,6 +32,15 @@ FACTS = {
     "grey": "grey, stored as RGB",
 }
 _EXIF_ORIENTATION = 0x0112
+# not ImageOps.exif_transpose: it writes the other tags anew, and fails where one of them is malformed
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+OBJECT = 128  # the least value of a mask where the object is
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ def load(raw: Raw, white: int | None = None) -> Loaded:
     white: of floats and 32-bit numbers; None: the least of WHITES that is not exceeded.
     """
     facts: set[str] = set()
-    array = raw.image
+    array, before, turn = raw.image, None, None
     if isinstance(array, bytes) and array.startswith(b"\x93NUMPY"):
         array = np.load(io.BytesIO(array), allow_pickle=False)
     if isinstance(array, np.ndarray):
@@ -59,14 +68,34 @@ def load(raw: Raw, white: int | None = None) -> Loaded:
         facts |= {"frames"} if getattr(image, "is_animated", False) else set()
         facts |= {"turned"} if image.getexif().get(_EXIF_ORIENTATION, 1) in range(2, 9) else set()
         facts |= {"deep"} if any(";16" in str(tile[3]) for tile in image.tile) else set()
-        image.load()
-        form, image = image.format, ImageOps.exif_transpose(image)
+        image.load()  # which turns a TIFF itself
+        form, before, turn = image.format, image.size, _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+        image = image if turn is None else image.transpose(turn)
         image.format = form  # a copy has none
         facts |= _depth(_numbers(image), white) if image.mode.startswith(("I", "F")) else set()
     facts |= {"grey"} if image.mode in ("1", "L", "LA") or image.mode.startswith(("I", "F")) else set()
     facts |= {"alpha"} if image.has_transparency_data else set()
     facts |= {"not_square"} if image.width != image.height else set()
-    return Loaded(rgb(image, white), _mask(raw.mask), frozenset(facts))
+    mask = _mask(raw.mask)
+    if mask is not None and mask.size != image.size:
+        mask = _placed(mask, image.size, before, turn)
+    return Loaded(rgb(image, white), mask, frozenset(facts))
+
+
+def _placed(
+    mask: Image.Image, size: tuple[int, int], before: tuple[int, int] | None, turn: Image.Transpose | None
+) -> Image.Image:
+    """A mask of another size than its image as it is seen: drawn before the image was turned, or at another scale.
+
+    Raises:
+        ValueError: it is of another shape.
+    """
+    if turn is not None and mask.size == before:
+        return mask.transpose(turn)
+    if abs(mask.width * size[1] - mask.height * size[0]) > 0.02 * mask.width * size[1]:
+        shape, wanted = ("x".join(map(str, s)) for s in (mask.size, size))
+        raise ValueError(f"its mask has {shape} pixels, the image {wanted}")
+    return mask
 
 
 def _depth(pixels: np.ndarray, white: int | None) -> set[str]:
@@ -105,7 +134,14 @@ def _file(image: bytes | Path) -> io.BytesIO | Path:
 def _mask(mask: np.ndarray | bytes | None) -> Image.Image | None:
     if mask is None or isinstance(mask, np.ndarray):
         return mask if mask is None else Image.fromarray(mask)
-    return Image.open(io.BytesIO(mask)).convert("L")
+    found = Image.open(io.BytesIO(mask))
+    grey = found.convert("L")
+    if 0 < (largest := int(np.asarray(grey).max())) < OBJECT:
+        kind = ", of a palette" if found.mode == "P" else ""
+        raise ValueError(
+            f"its mask has no value above {largest}{kind}, and the object is {OBJECT} or more: save it as 0 and 255"
+        )
+    return grey
 
 
 def from_array(array: np.ndarray, white: int | None = None) -> Image.Image:

@@ -74,7 +74,7 @@ def render(
     jobs, counts = _jobs(source, options)
     plan = _plan_digest(source, options, resolutions)
     parts = out / shards.PARTS
-    _claim(out, parts, plan, overwrite)
+    _claim(out, parts, plan, _labels_digest(source), overwrite)
 
     work = Work(source, out, options, resolutions, plan)
     own = jobs if part is None else jobs[part[0] :: part[1]]
@@ -173,6 +173,14 @@ def _plan_digest(source: Source, options: Options, resolutions: tuple[int, ...])
     return hashlib.sha256(json.dumps(plan | _semantic(options), sort_keys=True).encode()).hexdigest()
 
 
+def _labels_digest(source: Source) -> str:
+    """Of what a fingerprint by names and sizes does not see: a label that was put right."""
+    found = hashlib.sha256()
+    for split, labels in sorted(source.labels.items()):
+        found.update(f"{split} {len(labels)} ".encode() + np.ascontiguousarray(labels, np.int64).tobytes())
+    return found.hexdigest()
+
+
 def _semantic(options: Options) -> dict[str, Any]:
     left_out = {"workers", "max_bad", "dataset", "resolutions"}
     # as before there was another: such a render goes on
@@ -183,12 +191,12 @@ def _semantic(options: Options) -> dict[str, Any]:
     return {k: v for k, v in asdict(options).items() if k not in left_out}
 
 
-def _claim(out: Path, parts: Path, plan: str, overwrite: bool) -> None:
+def _claim(out: Path, parts: Path, plan: str, labels: str, overwrite: bool) -> None:
     """Make the folder ours, unless another render is in it. Only what a render wrote is ever removed."""
     marker = parts / "plan"
     try:
         before = files.read(marker).decode(errors="replace") if marker.exists() else None
-        if before == plan:
+        if before in (plan, f"{plan} {labels}"):  # an earlier release wrote no labels
             return
         if before is not None or (out / shards.MANIFEST).exists():
             if not overwrite:
@@ -201,7 +209,7 @@ def _claim(out: Path, parts: Path, plan: str, overwrite: bool) -> None:
             shutil.rmtree(parts, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write to --out {out}: {reason(error)}") from error
-    files.write(marker, plan)
+    files.write(marker, f"{plan} {labels}")
 
 
 def _remove_shards(out: Path) -> None:

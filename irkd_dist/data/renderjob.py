@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -21,7 +22,7 @@ from irkd_dist.data.images import Fit
 from irkd_dist.data.pixels import encode
 from irkd_dist.data.shards import Encoding, Mode, Shard
 from irkd_dist.data.sources import Source
-from irkd_dist.errors import Stopped, UserError, printable, reason
+from irkd_dist.errors import AWAY, Stopped, UserError, printable, reason, unreadable
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class Job:
     source_split: str
     indices: tuple[int, ...]
     labels: tuple[int, ...]
+
+
+_MACHINE = {*AWAY, errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # the machine's faults, not an image's
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,11 @@ def render_shard(work: Work, job: Job, stop: Callable[[], bool]) -> Record:
                 raise Stopped
             try:
                 loaded = images.load(raw, work.options.white)
+            except MemoryError:
+                raise
             except Exception as error:  # damaged files make Pillow raise nearly anything
+                if isinstance(error, OSError) and error.errno in _MACHINE:  # the same command goes on
+                    raise unreadable(Path(raw.name), error) from error
                 bad.append(f"{printable(raw.name)} ({_reason(error)})")
                 check_bad(bad, work.options.max_bad)
                 continue
@@ -108,7 +116,8 @@ def render_shard(work: Work, job: Job, stop: Callable[[], bool]) -> Record:
             for fact in loaded.facts:
                 if fact.startswith("white_"):
                     examples.setdefault(fact, printable(raw.name))
-            facts["enlarged"] += min(loaded.image.size) < work.resolutions[-1]
+            side = max(loaded.image.size) if work.options.fit == "pad" else min(loaded.image.size)
+            facts["enlarged"] += side < work.resolutions[-1]
             for r, writer in writers.items():
                 pixels = np.asarray(images.fit(loaded.image, r, work.options.fit))
                 key = f"{job.first + offset:09d}"
@@ -169,7 +178,7 @@ def _sample(
     }
     if mask is not None:
         small = np.asarray(images.fit(mask, pixels.shape[0], options.fit))
-        sample["mask.png"] = encode(np.where(small >= 128, 255, 0).astype(np.uint8), "png")
+        sample["mask.png"] = encode(np.where(small >= images.OBJECT, 255, 0).astype(np.uint8), "png")
     return sample
 
 

@@ -7,7 +7,7 @@ reads a checkpoint for anything but going on with it leaves them out (`checkpoin
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -58,6 +58,19 @@ def keeping(model: nn.Module, paths: tuple[str, ...]) -> Iterator[list[Keeper]]:
     finally:
         for keeper in keepers:
             keeper.open, keeper.kept = False, []
+
+
+@contextmanager
+def closed(keepers: list[Keeper], inside: AbstractContextManager[object]) -> Iterator[None]:
+    """Inside, keepers keep nothing: a gradient computes checkpointed blocks again. `inside` is entered too."""
+    for keeper in keepers:
+        keeper.open = False
+    try:
+        with inside:
+            yield
+    finally:
+        for keeper in keepers:
+            keeper.open = True
 
 
 def grids(

@@ -121,6 +121,9 @@ class Distiller(nn.Module):
             if not aligned:
                 output = self.student(images)
             else:
+                context = self.inner_grad_context()
+                if wanted and not torch.compiler.is_compiling():  # what is compiled is not checkpointed
+                    context = features.closed(kept, context)
                 output, maps = taps.forward_with_maps(
                     self.student,
                     images[:aligned],
@@ -128,7 +131,7 @@ class Distiller(nn.Module):
                     self.objective.method,
                     target[:aligned],
                     frozen=False,
-                    context=self.inner_grad_context(),
+                    context=context,
                 )
                 if aligned < len(images):
                     output = _joined(output, self.student(images[aligned:]))

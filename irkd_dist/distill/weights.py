@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,47 @@ def without_head(
         [f"{where}: its head is left out, as teacher.logits=false asks"] if len(kept) < len(tensors) else []
     )
     return kept, gone
+
+
+@contextmanager
+def loading() -> Iterator[list[tuple[list[str], list[str]]]]:
+    """Inside, notes the (missing, unexpected) names of each set of weights that a module takes: timm leaves them out
+    without a word where the number of classes differs."""
+    found: list[tuple[list[str], list[str]]] = []
+    theirs = nn.Module.load_state_dict
+
+    def noting(self: nn.Module, *arguments: Any, **options: Any) -> Any:
+        result = theirs(self, *arguments, **options)
+        found.append((list(result.missing_keys), list(result.unexpected_keys)))
+        return result
+
+    nn.Module.load_state_dict = noting  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        nn.Module.load_state_dict = theirs  # type: ignore[method-assign]
+
+
+def require_whole(model: nn.Module, loaded: list[tuple[list[str], list[str]]], where: str) -> None:
+    """Refuse weights that were left out, or that a network does not have; its head and its buffers aside.
+
+    Raises:
+        UserError: names some of them.
+    """
+    aside = (*(f"{name}." for name in _heads(model)), *(name for name, _ in model.named_buffers()))
+    missing = [name for names, _ in loaded for name in names if not name.startswith(aside)]
+    unexpected = [name for _, names in loaded for name in names if not name.startswith(aside)]
+    told = []
+    if missing:
+        told.append(
+            f"{len(missing)} of its weights are not in the file ({', '.join(missing[:3])}), and would be random"
+        )
+    if unexpected:
+        told.append(f"{len(unexpected)} of the file's are none of its own ({', '.join(unexpected[:3])})")
+    if told:
+        raise UserError(
+            f"{where}: {'; '.join(told)}: options that change the network do not go with these weights"
+        )
 
 
 def _heads(model: nn.Module) -> list[str]:

@@ -15,7 +15,7 @@ from irkd_dist import checkpoint
 from irkd_dist import config as configuration
 from irkd_dist.config import Config
 from irkd_dist.data.loader import Batch, Loader
-from irkd_dist.distill import cache_files, cache_shards
+from irkd_dist.distill import cache_files, cache_shards, hub
 from irkd_dist.distill.cache import CachedTeacher, Keys, Wanted
 from irkd_dist.distill.teacher import Teacher
 from irkd_dist.training import distributed, restore
@@ -192,4 +192,9 @@ def _origin(parts: Parts, stage: int) -> tuple[dict[str, Any], str]:
     assert spec.model is not None
     model = {k: v for k, v in asdict(spec.model).items() if k not in ("weights", "pretrained")}
     model["image_size"] = spec.model.image_size or parts.manifest.largest
+    described = hub.look_up(spec.model.name, "teacher.model.name")
+    if (
+        described.weights is not None or described.repository
+    ):  # its config.json may change, and the name stays
+        model |= {"architecture": described.architecture, "described": described.options}
     return model, restore.weights_digest(parts.teacher.model)

@@ -21,7 +21,7 @@ from irkd_dist.data.geometry import Geometry
 from irkd_dist.data.loader import Loader
 from irkd_dist.data.sampler import Share
 from irkd_dist.data.views import View
-from irkd_dist.distill import features, methods, models
+from irkd_dist.distill import features, hub, methods, models
 from irkd_dist.distill.module import Distiller, Objective
 from irkd_dist.distill.teacher import Member, Teacher, freeze
 from irkd_dist.errors import UserError
@@ -72,6 +72,12 @@ def build(config: Config, engine: Engine) -> Parts:
         of_run = config.teacher.run is not None
         if not of_run and parts_of_teacher is None:
             teacher_digest = restore.weights_digest(network.model)[:16]
+            described = (
+                hub.look_up(config.teacher.model.name, "teacher.model.name") if config.teacher.model else None
+            )
+            if described is not None and (described.weights is not None or described.repository):
+                # its config.json may change, and the name and the weights stay
+                teacher_digest = digest([teacher_digest, described.architecture, described.options])
         side = manifest.largest if full_view(config) else None
         pairs, tap_notes = networks.tap_pairs(config, student, network.model, side)
         notes += tap_notes

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from irkd_dist import checkpoint, configured
+from irkd_dist import checkpoint, configured, runfolder
 from irkd_dist.config import Config
 from irkd_dist.data import shards
 from irkd_dist.distill import models, weights
@@ -48,7 +48,8 @@ def possible(config: Config, engine: Engine) -> Path | None:
     if path is None:
         return None
     if (ours := configured.own_checkpoint(path)) is not None:
-        return ours / checkpoint.weights_file(checkpoint.load_state(ours))
+        averaged = path.name != runfolder.STUDENT  # a file that is named is taken
+        return ours / checkpoint.weights_file(checkpoint.load_state(ours), averaged)
     file = path / weights.NAMES[0] if path.is_dir() else path
     return file if file.suffix == ".safetensors" and file.is_file() else None
 
@@ -67,7 +68,7 @@ def describe(config: Config, manifest: shards.Manifest, file: Path) -> Sliced | 
     if not plain:
         return None  # its taps are measured, and buffers that no file has are computed when it is made
     where = f"the teacher's {file}"
-    if config.teacher is not None and config.teacher.run is not None:
+    if (file.parent / runfolder.STATE).is_file():
         checkpoint.check_file(file)
     try:
         with safe_open(file, "pt") as opened:
@@ -75,6 +76,7 @@ def describe(config: Config, manifest: shards.Manifest, file: Path) -> Sliced | 
             notes: list[str] = []
             names = _own_names(shapes, notes, where)
             own = model.state_dict()
+            names = {k: v for k, v in names.items() if not k.startswith(f"{runfolder.PROJECTIONS}.")}
             theirs: dict[str, Tensor] = {k: shapes[v] for k, v in names.items()}
             if (
                 "pos_embed" in theirs

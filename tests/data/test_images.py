@@ -146,3 +146,51 @@ def test_each_way_to_fit_what_is_not_square() -> None:
     assert images.fit(Image.new("L", (10_000, 1)), 8, "pad").size == (8, 8)
     square = image.crop((0, 0, 10, 10))
     assert all(images.fit(square, 10, how) is square for how in ("crop", "squash", "pad"))
+
+
+def test_a_mask_follows_its_image_or_is_refused() -> None:
+    """Drawn on the stored pixels of a picture that a tag turns, or on the turned ones; of another scale or shape."""
+    image = Image.fromarray(np.zeros((30, 60, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = np.zeros((30, 60), np.uint8)
+    stored[:10, :20] = 255
+    turned = np.rot90(stored, -1)
+
+    def seen(mask: np.ndarray) -> np.ndarray:
+        raw = Raw("x", _encoded(image, "JPEG", exif=exif), _encoded(Image.fromarray(mask), "PNG"))
+        loaded = images.load(raw)
+        assert loaded.image.size == (30, 60)
+        assert loaded.mask is not None
+        return np.asarray(loaded.mask)
+
+    np.testing.assert_array_equal(seen(stored), turned)
+    np.testing.assert_array_equal(seen(np.ascontiguousarray(turned)), turned)
+    assert seen(np.full((120, 60), 255, np.uint8)).shape == (120, 60)
+    with pytest.raises(ValueError, match="its mask has 50x50 pixels, the image 30x60"):
+        seen(np.full((50, 50), 255, np.uint8))
+
+
+@pytest.mark.parametrize("palette", [False, True])
+def test_a_mask_of_ones_is_refused(palette: bool) -> None:
+    mask = Image.fromarray((np.arange(16).reshape(4, 4) > 7).astype(np.uint8))
+    if palette:
+        mask = mask.convert("P")
+        mask.putpalette([0, 0, 0, 128, 0, 0])
+    image = _encoded(Image.new("RGB", (4, 4)), "PNG")
+    with pytest.raises(
+        ValueError, match=r"its mask has no value above (1|38)(, of a palette)?, and the object is 128"
+    ):
+        images.load(Raw("x", image, _encoded(mask, "PNG")))
+    assert images.load(Raw("x", image, _encoded(Image.new("L", (4, 4)), "PNG"))).mask is not None
+
+
+def test_a_malformed_tag_beside_the_orientation_turns_nobody_away() -> None:
+    """As some cameras write them: ImageWidth as a text."""
+    tags = b"".join(
+        (tag).to_bytes(2, "little") + kind.to_bytes(2, "little") + count.to_bytes(4, "little") + value
+        for tag, kind, count, value in ((0x0100, 2, 4, b"60\0\0"), (0x0112, 3, 1, b"\6\0\0\0"))
+    )
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + tags + bytes(4)
+    loaded = images.load(Raw("x", _encoded(Image.new("RGB", (60, 30)), "JPEG", exif=exif)))
+    assert loaded.image.size == (30, 60)

@@ -1,6 +1,7 @@
 """Rendering: what is in the shards, the same bytes whatever happens, and every bad end."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -189,6 +190,37 @@ def test_a_damaged_render_is_repaired_by_the_same_command(reference: Path, tmp_p
     altered.write_bytes(altered.read_bytes().replace(b"irkd", b"evil", 1))
     assert _render(out, *SYNTHETIC, "--resolutions", "8,16") == 0
     assert _bytes(out) == _bytes(reference)
+
+
+def test_a_label_that_was_put_right_is_not_taken_for_rendered(tmp_path: Path, capsys) -> None:
+    """In the middle of a tar, whose size and ends stay: the same command would keep the wrong one."""
+    tar = tmp_path / "in" / "train-0.tar"
+    tar.parent.mkdir()
+    picture = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)).save(picture, "PNG")
+
+    def write(wrong: int) -> None:
+        with wds.TarWriter(str(tar), mtime=0) as writer:
+            for i in range(100):
+                writer.write(
+                    {"__key__": f"{i:03d}", "png": picture.getvalue(), "cls": wrong if i == 50 else i % 3}
+                )
+
+    write(0)
+    command = ["wds", "--path", str(tar.parent), "--resolutions", "8", "--samples-per-shard", "50"]
+    assert _render(tmp_path / "out", *command) == 0
+    assert _render(tmp_path / "out", *command) == 0
+    size = tar.stat().st_size
+    assert size > 3 << 16
+    write(1)
+    assert tar.stat().st_size == size
+    capsys.readouterr()
+    assert _render(tmp_path / "out", *command) == 2
+    assert "holds shards of another source or other options" in capsys.readouterr().err
+    marker = tmp_path / "out" / shards.PARTS / "plan"
+    marker.write_text(marker.read_text().split()[0])  # as an earlier release left it: it goes on
+    write(0)
+    assert _render(tmp_path / "out", *command) == 0
 
 
 def test_another_render_is_not_replaced_unless_told(reference: Path, tmp_path: Path, capsys) -> None:

@@ -24,6 +24,7 @@ from irkd_dist.data.loader import Loader
 from irkd_dist.data.recipe import Augment
 from irkd_dist.data.remote import Settings
 from irkd_dist.data.sampler import Share
+from irkd_dist.data.sources import fetched as downloads
 from irkd_dist.data.sources import open_source
 from irkd_dist.data.store import GIB, Store, Wanted
 from irkd_dist.data.views import View
@@ -556,6 +557,15 @@ def test_shards_of_one_class_each_are_warned_of_and_shuffled_ones_are_not(tmp_pa
     assert labels[1] > 6
     assert notes[1] == []
     assert "the first 20 images of an epoch have 2 classes, 10 are to be expected" in notes[0][0]
+
+
+def test_tars_of_one_name_in_two_folders_are_two() -> None:
+    """The usual layout of WebDataset: a folder for each split."""
+    found = downloads._tars(remote.Url("https://h/d/{train,val}/{000000..000001}.tar", "", remote.Settings()))
+    names = ["train/000000.tar", "train/000001.tar", "val/000000.tar", "val/000001.tar"]
+    assert {name: url.base for name, url in found.items()} == {name: f"https://h/d/{name}" for name in names}
+    alone = downloads._tars(remote.Url("https://h/d/train-{0..1}.tar", "", remote.Settings()))
+    assert [*alone] == ["train-0.tar", "train-1.tar"]
 
 
 def test_plain_tars_behind_a_url_are_rendered(

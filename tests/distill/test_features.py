@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from irkd_dist import config
 from irkd_dist.distill import features, models
-from irkd_dist.distill.module import Distiller, Objective
+from irkd_dist.distill.module import Distiller, Objective, Targets
 from irkd_dist.distill.teacher import Teacher, freeze
 from irkd_dist.errors import UserError
 from irkd_dist.runfolder import PROJECTIONS
@@ -142,3 +142,22 @@ def test_widths_of_a_teacher_that_computes_in_bf16() -> None:
     network = freeze(plain.build("class_token", 2, seed=1).float(), torch.bfloat16, False)
     assert {p.dtype for p in network.parameters()} == {torch.float32, torch.bfloat16}
     assert features.widths(network, ("blocks.1",), 12, torch.bfloat16) == [16]
+
+
+def test_a_tap_inside_a_checkpointed_block_keeps_one_forward() -> None:
+    """The inner gradient computes the block again; what it gives then is no further sample."""
+    images, labels = plain.inputs(4, 12, seed=3)
+    images, terms = images.float(), []
+    for checkpointed in (False, True):
+        student = plain.build("class_token", 2, seed=1).float()
+        models.without_fused_attention(student)
+        features.attach(student, [16], [16], 0)
+        if checkpointed:
+            models.checkpoint_blocks(student)
+        distiller = Distiller(student, Objective(taps=("blocks.0",), feature_taps=("blocks.1.attn",))).train()
+        torch.manual_seed(0)
+        told = Targets(None, [torch.rand(4, 3, 3)], [torch.randn(4, 3, 3, 16)])
+        weight = torch.full((4,), 0.25)
+        terms.append(distiller(images, labels, weight, told, 0.0, 1.0, 1.0, 1.0))
+    for name, value in terms[0].items():
+        torch.testing.assert_close(terms[1][name], value)

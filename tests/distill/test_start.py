@@ -299,3 +299,23 @@ def test_a_teacher_with_nan_is_refused_with_file_and_tensor(shapes: Path, tmp_pa
         teacher(
             shapes, {"name": "resnet10t", "weights": str(tmp_path / "w.safetensors"), "options": CHANNELS}
         )
+
+
+@pytest.mark.parametrize("change", ["deeper", "shallower", "renamed"])
+def test_weights_that_timm_leaves_out_in_silence_are_refused(tmp_path: Path, change: str) -> None:
+    """With another number of classes than the file's, timm reads what fits and starts the rest at random."""
+    torch.manual_seed(1)
+    saved = timm.create_model("test_vit", num_classes=1000).state_dict()
+    if change == "renamed":
+        saved = {k.replace("blocks.", "layers."): v for k, v in saved.items()}
+    save_file(saved, tmp_path / "m.safetensors")
+    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "m.safetensors")}}
+    spec: dict[str, Any] = {"name": "test_vit", "pretrained": True, "options": overlay}
+    if change != "renamed":
+        model, notes = student(**spec)
+        assert torch.equal(model.state_dict()["blocks.0.attn.qkv.weight"], saved["blocks.0.attn.qkv.weight"])
+        assert any("its head (1000 classes) is replaced by a new one" in note for note in notes)
+        spec["options"] = {**overlay, "depth": {"deeper": 8, "shallower": 4}[change]}
+    wrong = "none of its own" if change == "shallower" else "are not in the file .*, and would be random"
+    with pytest.raises(UserError, match=rf"student\.pretrained=true: test_vit: .*{wrong}"):
+        student(**spec)

@@ -45,11 +45,13 @@ def fetched(text: str) -> Path:
 
 
 def _tars(url: Url) -> dict[str, Url]:
-    """Each tar by its path below the folder."""
+    """Each tar by its path below the folder that all are in."""
     if url.name.endswith(".tar"):
-        return {
-            each.name: each for each in (Url(base, url.query, url.settings) for base in expand_urls(url.base))
-        }
+        bases = expand_urls(url.base)
+        folders = [base.split("/")[:-1] for base in bases]
+        alike = [len({*parts}) == 1 for parts in zip(*folders, strict=False)]
+        shared = alike.index(False) if False in alike else len(alike)
+        return {"/".join(base.split("/")[shared:]): Url(base, url.query, url.settings) for base in bases}
     if url.protocol in ("http", "https"):
         raise UserError(
             f"--path {url}: {url.protocol} has no list of files: name the tars, "
